@@ -1,0 +1,24 @@
+"""Mask-LLaVA (arXiv 2602.04864) as native Hugging Face Transformers classes.
+
+Importing this package registers them: `AutoModelForImageTextToText`, `AutoProcessor`, `pipeline("image-text-to-text")`
+and their kin then load Mask-LLaVA checkpoints like any other.
+"""
+
+from .modeling.configuration_mask_llava import MaskLlavaConfig
+from .modeling.modeling_mask_llava import MaskLlavaForConditionalGeneration, MaskLlavaModel
+from .processing.objects.image_objects import ImageObjects
+from .processing.processing_mask_llava import MaskLlavaProcessor
+from .registration import register
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ImageObjects",
+    "MaskLlavaConfig",
+    "MaskLlavaForConditionalGeneration",
+    "MaskLlavaModel",
+    "MaskLlavaProcessor",
+]
+
+register()

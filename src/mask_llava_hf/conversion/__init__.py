@@ -1,0 +1,1 @@
+"""Checkpoints of other packages and layouts, renamed to the one that is read here."""

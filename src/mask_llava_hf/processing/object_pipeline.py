@@ -1,0 +1,188 @@
+"""From pictures to objects in keep order, and to the tensors the model reads. What a cap drops is not computed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils import logging
+
+from .geometry import SquareFrame
+from .object_parts import ObjectParts
+from .object_settings import ObjectSettings
+from .objects.image_objects import ImageObjects
+from .objects.nested_order import keep_order
+
+
+logger = logging.get_logger(__name__)
+
+
+def find_objects_in(
+    pictures: Sequence[Image.Image],
+    given: Sequence[ImageObjects | None],
+    cap: int,
+    settings: ObjectSettings,
+    parts: ObjectParts,
+) -> list[ImageObjects]:
+    """At most `cap` objects per picture in keep order, each with a mask or, where that is enough, an embedding.
+
+    Args:
+        pictures: upright RGB.
+        given: the user's objects per picture, kept in their order; None: to be detected.
+        cap: the most objects per picture.
+    """
+    found = [
+        ImageObjects.empty((p.height, p.width)) if o is None else o[:cap] for p, o in zip(pictures, given, strict=True)
+    ]
+    to_detect = [index for index, objects in enumerate(given) if objects is None] if cap else []
+    if to_detect and settings.detector is None:
+        logger.warning_once(
+            'No objects: `object_settings["detector"]` is None and no `boxes`, `masks` or `objects` were given, so '
+            "images get CLS and patch tokens only. Pass `max_object_tokens=0` if that is meant."
+        )
+        to_detect = []
+    if to_detect:
+        detected = parts.detector().detect(
+            [pictures[index] for index in to_detect], settings.score_threshold, settings.max_candidates
+        )
+        for index, objects in zip(to_detect, detected, strict=True):
+            # An order that needs no masks comes before the segmenter, which then sees only what is kept
+            found[index] = objects if settings.order == "mask_iou" else _first(objects, settings.order, cap)
+    found = _with_masks(pictures, found, settings, parts)
+    if settings.order == "mask_iou":
+        for index in to_detect:
+            found[index] = _first(found[index], settings.order, cap)
+    if to_detect and not any(len(found[index]) for index in to_detect):
+        logger.warning_once(
+            f"No objects were found in {len(to_detect)} image(s) at `score_threshold`={settings.score_threshold}; they "
+            "get CLS and patch tokens only."
+        )
+    return found
+
+
+def masks_in_frame(
+    pictures: Sequence[Image.Image],
+    found: Sequence[ImageObjects],
+    image_processor: Any,
+    overrides: Mapping[str, Any],
+) -> tuple[list[Tensor | None], list[ImageObjects]]:
+    """Each image's masks in the frame of the tower's square input; objects that vanish there are dropped.
+
+    Args:
+        overrides: the call's arguments to the image processor, which change the frame as they change the pixels.
+
+    Returns:
+        Per image an (n, S, S) bool tensor, or None where embeddings make masks needless; and the objects left.
+    """
+    masks: list[Tensor | None] = []
+    left: list[ImageObjects] = []
+    dropped = 0
+    for picture, objects in zip(pictures, found, strict=True):
+        if objects.masks is None:
+            masks.append(None)
+            left.append(objects)
+            continue
+        frame = SquareFrame.from_image_processor(image_processor, (picture.height, picture.width), **overrides)
+        framed = frame.transform_masks(objects.masks)
+        visible = framed.flatten(1).any(1)
+        dropped += int((~visible).sum())
+        masks.append(framed[visible])
+        left.append(objects[visible.nonzero().flatten()])
+    if dropped:
+        logger.warning(
+            f"{dropped} of {sum(map(len, found))} objects have no pixel in the part of their image that the vision "
+            "tower sees, and give no token."
+        )
+    return masks, left
+
+
+def stack_masks(masks: Sequence[Tensor | None], num_slots: int, size: tuple[int, int]) -> Tensor:
+    """Per-image masks as one (I, `num_slots`, S, S) uint8 tensor, zeros past each image's masks."""
+    stacked = torch.zeros(len(masks), num_slots, *size, dtype=torch.uint8)
+    for row, image_masks in zip(stacked, masks, strict=True):
+        if image_masks is not None:
+            row[: len(image_masks)] = image_masks
+    return stacked
+
+
+def stack_embeddings(found: Sequence[ImageObjects], num_slots: int, embed_size: int) -> Tensor:
+    """Per-image embeddings as one (I, `num_slots`, D) float32 tensor, zeros past each image's objects.
+
+    Raises:
+        ValueError: embeddings of another width than `embed_size`.
+    """
+    stacked = torch.zeros(len(found), num_slots, embed_size)
+    for index, objects in enumerate(found):
+        if objects.embeddings is None:
+            continue
+        width = objects.embeddings.shape[-1]
+        if width != embed_size:
+            raise ValueError(
+                f'The objects of image {index} have embeddings of width {width}, but `object_settings["embed_size"]` '
+                f"is {embed_size}, the width of the model's tower. They come from another tower; make them again with "
+                "`find_objects`."
+            )
+        stacked[index, : len(objects)] = objects.embeddings
+    return stacked
+
+
+def with_embeddings(
+    found: Sequence[ImageObjects], masks: Sequence[Tensor | None], pixel_values: Tensor, parts: ObjectParts
+) -> list[ImageObjects]:
+    """Objects with embeddings: stored ones after a check of their fingerprint, the others made in one tower pass.
+
+    Args:
+        masks: per image (n, S, S) bool in the tower's frame, or None where the objects already have embeddings.
+        pixel_values: (I, 3, S, S).
+    """
+    result = list(found)
+    missing = []
+    for index, objects in enumerate(found):
+        if objects.embeddings is not None and len(objects):
+            parts.check_fingerprint(objects, index)
+        elif len(objects):
+            missing.append(index)
+    if missing:
+        embedder = parts.mask_embedder()
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        slots = stack_masks([masks[index] for index in missing], max(len(found[i]) for i in missing), size)
+        embeddings = embedder.embed(pixel_values[missing], slots.bool())
+        fingerprint = embedder.fingerprint
+        for index, rows in zip(missing, embeddings, strict=True):
+            result[index] = found[index].with_embeddings(rows[: len(found[index])], fingerprint)
+    return result
+
+
+def _first(objects: ImageObjects, order: str, cap: int) -> ImageObjects:
+    return objects[keep_order(objects, order)[:cap]]
+
+
+def _with_masks(
+    pictures: Sequence[Image.Image], found: Sequence[ImageObjects], settings: ObjectSettings, parts: ObjectParts
+) -> list[ImageObjects]:
+    result = list(found)
+    embeddings_do = settings.mask_inversion == "processor"
+    missing = [
+        index
+        for index, objects in enumerate(found)
+        if len(objects) and objects.masks is None and not (embeddings_do and objects.embeddings is not None)
+    ]
+    if not missing:
+        return result
+    if settings.mask_source == "boxes":
+        for index in missing:
+            result[index] = found[index].with_box_masks()
+        return result
+    masks = parts.segmenter().segment(
+        [pictures[index] for index in missing], [found[index].boxes_xyxy for index in missing]
+    )
+    num_empty = 0
+    for index, image_masks in zip(missing, masks, strict=True):
+        result[index] = found[index].with_masks(image_masks).without_empty_masks(warn=False)
+        num_empty += len(image_masks) - len(result[index])
+    if num_empty:
+        logger.warning(
+            f"The segmenter gave {num_empty} of {sum(map(len, masks))} objects an empty mask; they give no token."
+        )
+    return result

@@ -1,0 +1,318 @@
+"""Processor of Mask-LLaVA: text and images, and the objects in the images, to model inputs."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.image_utils import load_image
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from ..modeling.token_layout import check_integer
+from .geometry import upright_rgb
+from .given_objects import given_objects
+from .object_parts import PART_NAMES, ObjectParts, share_model
+from .object_pipeline import find_objects_in, masks_in_frame, stack_embeddings, stack_masks, with_embeddings
+from .object_settings import ObjectSettings
+from .objects.image_objects import ImageObjects
+from .part_sources import PartSource, copy_relative_part, is_local, is_relative
+
+
+_OBJECT_INPUTS = ("boxes", "masks", "objects")
+
+
+class MaskLlavaImagesKwargs(ImagesKwargs, total=False):
+    """What a call may say about images, beside the image processor's own arguments."""
+
+    boxes: Any
+    masks: Any
+    objects: Any
+    max_object_tokens: Any
+
+
+class MaskLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: MaskLlavaImagesKwargs
+
+
+class MaskLlavaProcessor(ProcessorMixin):
+    r"""Makes model inputs from text, images, and the objects found or given in the images.
+
+    A call returns, per image and in prompt order, `pixel_values` (I, 3, S, S) float, `object_counts` (I,) int64, and
+    `object_embeds` (I, N, D) float32 or, with `object_settings["mask_inversion"] = "model"`, `object_masks`
+    (I, N, S, S) uint8 in the frame of the tower's square input, where N is the call's `max_object_tokens`. Every
+    `<image>` in the text becomes 1 + g * g + n_i placeholders.
+
+    Args:
+        image_processor: Transformers' `LlavaImageProcessor` (as LLaVA-1.5: `do_pad=True` pads to a square).
+        tokenizer: a fast tokenizer with `image_token` as a special token.
+        object_settings (`dict`, *optional*): see [`ObjectSettings`]; missing keys take their defaults.
+        chat_template (`str`, *optional*): a Jinja template.
+        image_token (`str`, defaults to `"<image>"`): stands for an image in the text.
+
+    Call arguments beside those of every processor: `boxes`, `masks`, `objects` (one entry per image; None: detect,
+    []: none) and `max_object_tokens` (None: as saved). All coordinates are pixels of the upright original image.
+    """
+
+    valid_processor_kwargs = MaskLlavaProcessorKwargs
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, object_settings=None, chat_template=None, image_token="<image>"
+    ):
+        self.image_token = getattr(tokenizer, "image_token", image_token)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.object_settings = ObjectSettings.from_dict(object_settings).to_dict()
+        # Strings and small values only: a processor is copied, printed and sent to other processes
+        self._checkpoint: PartSource | None = None
+        self._placement: tuple[torch.device | None, torch.dtype | None] = (None, None)
+        self._shared_model_key: str | None = None
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    # ------------------------------------------------------------------------------------------- loading and saving
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, revision: str = "main", **kwargs):
+        """As `ProcessorMixin.from_pretrained`; the parts of the checkpoint are loaded when they are first needed."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
+        location = os.fspath(pretrained_model_name_or_path)
+        loaded = processor[0] if isinstance(processor, tuple) else processor
+        loaded._checkpoint = PartSource(location, None if os.path.isdir(location) else revision)
+        return processor
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As `ProcessorMixin.save_pretrained`; parts that lie inside the checkpoint (`./detector`) are copied along.
+
+        Raises:
+            ValueError: with `push_to_hub`, a part that is a path on this machine.
+        """
+        if push_to_hub:
+            self._check_parts_are_portable()
+        os.makedirs(save_directory, exist_ok=True)
+        for name in PART_NAMES:
+            if is_relative(self.object_settings[name]):
+                copy_relative_part(self.object_settings[name], self._checkpoint, save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As `PushToHubMixin.push_to_hub`; refuses parts that are paths on this machine."""
+        self._check_parts_are_portable()
+        return super().push_to_hub(*args, **kwargs)
+
+    def _check_parts_are_portable(self) -> None:
+        for name in PART_NAMES:
+            if is_local(self.object_settings[name]):
+                raise ValueError(
+                    f"`object_settings[{name!r}]` is {self.object_settings[name]!r}, a path on this machine: nobody "
+                    "who loads the checkpoint from the Hub has it. Name a Hub id, or save the part inside the "
+                    f'checkpoint and name it "./{name}".'
+                )
+
+    # ------------------------------------------------------------------------------------------------ heavy parts
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "MaskLlavaProcessor":
+        """Says where detector, segmenter and tower run and in which dtype; it takes effect when they are next needed.
+
+        Args:
+            device: default: the process's current accelerator, else the CPU. Outputs stay on the CPU.
+            dtype: default: each part's own, as saved.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        old_device, old_dtype = self._placement
+        self._placement = (
+            old_device if device is None else torch.device(device),
+            old_dtype if dtype is None else dtype,
+        )
+        return self
+
+    def unload(self) -> None:
+        """Frees the parts that this processor has loaded, also for other processors that share them."""
+        self._parts().unload()
+        self._shared_model_key = None
+
+    def share_vision_tower(self, model: torch.nn.Module) -> "MaskLlavaProcessor":
+        """Embeds objects with the tower of a loaded model, instead of loading a second copy.
+
+        Args:
+            model: a `MaskLlavaForConditionalGeneration`, a `MaskLlavaModel`, or a PEFT model around one. The
+                processor does not keep it alive.
+
+        Raises:
+            ValueError: a model of another kind.
+        """
+        self._shared_model_key = share_model(model)
+        return self
+
+    def _parts(self) -> ObjectParts:
+        device, dtype = self._placement
+        return ObjectParts(self._settings(), self._checkpoint, device, dtype, self._shared_model_key)
+
+    def _settings(self) -> ObjectSettings:
+        # Read anew each time: `object_settings` is a plain dict that users may change after loading
+        return ObjectSettings.from_dict(self.object_settings)
+
+    # --------------------------------------------------------------------------------------------------- inputs
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        images = None if images is None else _upright(images)
+        if isinstance(images, list) and not _flat(images):
+            images = None  # a batch of texts without images
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if videos is not None or audio is not None:
+            raise ValueError("Mask-LLaVA takes text and images, but `videos` or `audio` were given.")
+        self._refuse_unknown_arguments(kwargs)
+        if images is None:
+            given = [name for name in _OBJECT_INPUTS if kwargs.get(name) is not None]
+            if given:
+                raise ValueError(f"`{given[0]}` was given without `images`; objects belong to an image.")
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        layout = self._settings().layout
+        max_length = kwargs.get("max_length", kwargs.get("text_kwargs", {}).get("max_length"))
+        if kwargs.get("truncation", kwargs.get("text_kwargs", {}).get("truncation")) and max_length and text:
+            least = max(sample.count(self.image_token) for sample in text) * layout.num_fixed_tokens
+            if least > max_length:
+                raise ValueError(
+                    f"`max_length`={max_length} with truncation would cut image placeholders: the images of one text "
+                    f"take {least} tokens before any object. Raise `max_length` or leave truncation off."
+                )
+
+    def _refuse_unknown_arguments(self, kwargs: dict[str, Any]) -> None:
+        # Transformers drops them with a warning: `max_object_token=5` would silently cost 20 tokens
+        schema = self.valid_processor_kwargs.__annotations__
+        known = {*schema, "common_kwargs", "return_metadata", "sanitize_control_tokens"}
+        for modality in ("text_kwargs", "images_kwargs"):
+            known |= set(schema[modality].__annotations__)
+        for part in (self.image_processor, self.tokenizer):
+            known |= set(getattr(getattr(part, "valid_kwargs", None), "__annotations__", {}))
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(
+                f"Unknown arguments {unknown}. Beside the arguments of every processor, this one takes "
+                f"{[*_OBJECT_INPUTS, 'max_object_tokens']}."
+            )
+
+    def _merge_kwargs(self, *args, **kwargs):
+        # The base class copies all arguments deeply; masks of a large photograph are not to be copied
+        heavy = {name: kwargs.pop(name) for name in _OBJECT_INPUTS if name in kwargs}
+        merged = super()._merge_kwargs(*args, **kwargs)
+        merged["images_kwargs"].update(heavy)
+        return merged
+
+    def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
+        images, videos, audio, extra = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
+        for name in _OBJECT_INPUTS:
+            rows = [_object_entries(conversation, name) for conversation in conversations]
+            if any(entry is not None for row in rows for entry in row):
+                extra = {**extra, name: rows}
+        return images, videos, audio, extra
+
+    def _process_images(
+        self, images, boxes=None, masks=None, objects=None, max_object_tokens=None, return_tensors=None, **kwargs
+    ):
+        settings, pictures = self._settings(), _flat(images)
+        given = given_objects(images, pictures, boxes, masks, objects)
+        cap = self._cap(settings, max_object_tokens, given)
+        found = find_objects_in(pictures, given, cap, settings, self._parts())
+        framed, found = masks_in_frame(pictures, found, self.image_processor, kwargs)
+        processed = dict(self.image_processor(pictures, return_tensors="pt", **kwargs))
+        processed["object_counts"] = torch.tensor([len(objects) for objects in found], dtype=torch.long)
+        if settings.mask_inversion == "model":
+            processed["object_masks"] = stack_masks(framed, cap, tuple(processed["pixel_values"].shape[-2:]))
+        else:
+            found = with_embeddings(found, framed, processed["pixel_values"], self._parts())
+            processed["object_embeds"] = stack_embeddings(found, cap, settings.embed_size)
+        return processed, [self.replace_image_token(processed, index) for index in range(len(pictures))]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self._settings().layout.num_tokens(int(image_inputs["object_counts"][image_idx]))
+
+    @property
+    def model_input_names(self) -> list[str]:
+        in_model = self.object_settings["mask_inversion"] == "model"
+        return [*super().model_input_names, "object_counts", "object_masks" if in_model else "object_embeds"]
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Placeholders of images of the given (height, width) sizes; with a detector, the most there can be."""
+        if image_sizes is None:
+            return MultiModalData()
+        settings = self._settings()
+        cap = self._cap(settings, kwargs.get("max_object_tokens"), ())
+        num_tokens = settings.layout.num_tokens(cap if settings.detector is not None else 0)
+        return MultiModalData(
+            num_image_tokens=[num_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+        )
+
+    # --------------------------------------------------------------------------------------------------- objects
+    def find_objects(self, images: Any, max_object_tokens: int | None = None) -> list[ImageObjects]:
+        """Finds the objects in images: detector, segmenter, keep order, and embeddings if this processor makes them.
+
+        What it returns can be looked at (`plotting.draw_objects`), stored (`ImageObjects.to_dict`) and passed back as
+        `objects=`; nothing is then computed again.
+
+        Args:
+            images: one image, a list, or a list of lists; PIL, array, path or URL.
+            max_object_tokens: at most this many per image; default: as saved.
+
+        Returns:
+            One `ImageObjects` per image, flat in order, each in keep order.
+
+        Raises:
+            ValueError: no detector is configured, or a part that is needed cannot be found.
+        """
+        settings, pictures, parts = self._settings(), _flat(_upright(images)), self._parts()
+        cap = self._cap(settings, max_object_tokens, ())
+        if settings.detector is None:
+            parts.detector()  # raises, naming the mends
+        found = find_objects_in(pictures, [None] * len(pictures), cap, settings, parts)
+        framed, found = masks_in_frame(pictures, found, self.image_processor, {})
+        if settings.mask_inversion == "model":
+            return found
+        pixel_values = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return with_embeddings(found, framed, pixel_values, parts)
+
+    @staticmethod
+    def _cap(settings: ObjectSettings, asked: Any, given: Sequence[ImageObjects | None]) -> int:
+        """The call's N: what was asked for, at most what is saved."""
+        if asked is not None:
+            return min(check_integer("max_object_tokens", asked, 0), settings.max_object_tokens)
+        for index, objects in enumerate(given):
+            if objects is not None and len(objects) > settings.max_object_tokens:
+                raise ValueError(
+                    f"Image {index} was given {len(objects)} objects, but this processor is saved with "
+                    f"`max_object_tokens`={settings.max_object_tokens}, and which to leave out is not its to guess. "
+                    f"To use the first ones, pass `max_object_tokens={settings.max_object_tokens}` in the call."
+                )
+        return settings.max_object_tokens
+
+
+def _upright(images: Any) -> Any:
+    """The same layout with every image as an upright RGB picture; paths and URLs are opened."""
+    if isinstance(images, list | tuple):
+        return [_upright(image) for image in images]
+    if getattr(images, "ndim", 3) == 4:
+        return [upright_rgb(image) for image in images]  # a batch in one array
+    if isinstance(images, str | os.PathLike):
+        # Not `load_image` for files: its RGB conversion clips 16-bit images to white
+        images = Image.open(images) if os.path.isfile(images) else load_image(os.fspath(images))
+    return upright_rgb(images)
+
+
+def _flat(images: Any) -> list[Image.Image]:
+    """All pictures in prompt order, from one picture, a list, or a list of lists."""
+    if not isinstance(images, list):
+        return [images]
+    return [picture for entry in images for picture in (entry if isinstance(entry, list) else [entry])]
+
+
+def _object_entries(conversation: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    """What the image blocks of one conversation say under `name`, an entry for every image they carry."""
+    entries = []
+    for message in conversation:
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
+            if block.get("type") == "image":
+                num_images = sum(key in block for key in ("image", "url", "path", "base64"))
+                entries += [block.get(name)] * num_images
+    return entries
+
+
+__all__ = ["MaskLlavaProcessor"]

@@ -1,0 +1,239 @@
+"""The model against Transformers' LLaVA, and against itself in other forms."""
+
+import pytest
+import torch
+from tiny_models import GRID, NUM_OBJECTS, SIDE, TEXT, VISION, WIDTH, batch, make_config, make_model, prompt, single
+from transformers import AutoModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import logging
+
+from mask_llava_hf.modeling.modeling_mask_llava import MaskLlavaForConditionalGeneration, MaskLlavaModel
+from mask_llava_hf.modeling.object_embedding import embed_masks, pool_masks
+
+
+def make_masks() -> torch.Tensor:
+    masks = torch.zeros(3, NUM_OBJECTS, SIDE, SIDE, dtype=torch.uint8)
+    masks[0, 0, :8, :8] = masks[0, 1, 8:, 8:] = masks[0, 2, 4:20, 4:20] = masks[0, 3, :, :4] = 1
+    masks[1, 0, 3:9, 3:9] = masks[1, 1, 10:19, 3:9] = 1
+    return masks
+
+
+@pytest.mark.parametrize("vision_feature_layer", [-2, -1, [-1, -2]])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_without_its_streams_it_is_llava_bit_for_bit(vision_feature_layer, attention):
+    torch.manual_seed(0)
+    shared = {"image_token_index": 0, "vision_feature_layer": vision_feature_layer}
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=dict(VISION), text_config=dict(TEXT), attn_implementation=attention, **shared)
+    ).eval()
+    ours = make_model(use_cls_token=False, max_object_tokens=0, patch_grid_size=GRID, **shared)
+    ours.set_attn_implementation(attention)
+    ours.load_state_dict(llava.state_dict(), strict=True)
+    inputs = {
+        **prompt([[5, (GRID**2,), 6, (GRID**2,), 7], [9, (GRID**2,), 10, 11]]),
+        "pixel_values": torch.randn(3, 3, SIDE, SIDE),
+    }
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, llava(**inputs).logits)
+
+
+def test_streams_arrive_in_order_at_their_placeholders():
+    model, inputs = make_model(), batch()
+    with torch.no_grad():
+        features = model.get_image_features(
+            inputs["pixel_values"], object_embeds=inputs["object_embeds"], object_counts=inputs["object_counts"]
+        )
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        embeds[inputs["input_ids"] == 0] = torch.cat(features.pooler_output)
+        by_hand = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits
+        assert [len(tokens) for tokens in features.pooler_output] == [14, 12, 10]
+        torch.testing.assert_close(model(**inputs).logits, by_hand)
+
+
+def test_padding_rows_of_embeddings_have_no_influence():
+    model, inputs = make_model(), batch()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        inputs["object_embeds"][1, 2:] = 1e4
+        inputs["object_embeds"][2] = float("nan")
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("object_embedding", ["mask_inversion", "mask_pooling"])
+def test_masks_give_what_embeddings_made_from_them_give(object_embedding):
+    model, inputs, masks = make_model(object_embedding=object_embedding), batch(), make_masks()
+    with torch.no_grad():
+        states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        inputs["object_embeds"] = embed_masks(model.model.vision_tower, states, masks, model.config)
+        expected = model(**inputs).logits
+        del inputs["object_embeds"]
+        torch.testing.assert_close(model(**inputs, object_masks=masks).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_mask_pooling_weighs_patches_by_covered_area():
+    patches = torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])  # 2 x 2 grid
+    masks = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    masks[0, 0, :2, :] = 1  # the two upper patches
+    masks[0, 1, 0, 0] = masks[0, 1, 2:, 2:] = 1  # a quarter of the first patch, all of the last
+    pooled = pool_masks(patches, masks)
+    torch.testing.assert_close(pooled.flatten(), torch.tensor([1.5, (0.25 * 1 + 1 * 4) / 1.25, 0.0]))
+
+
+def test_precomputed_features_and_ids_free_prompts_agree():
+    model, inputs = make_model(), batch()
+    images = {k: inputs.pop(k) for k in ("pixel_values", "object_embeds", "object_counts")}
+    with torch.no_grad():
+        expected = model(**inputs, **images).logits
+        encoded = {"image": model.get_image_features(**images)}
+        assert torch.equal(model(**inputs, mm_encoder_outputs=encoded).logits, expected)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        mask = inputs["attention_mask"]
+        assert torch.equal(model(inputs_embeds=embeds, attention_mask=mask, **images).logits, expected)
+
+
+@pytest.mark.parametrize("projector_type", ["identity", "linear", "mlp2x_gelu", "mlp3x_gelu"])
+def test_every_projector_saves_and_loads(projector_type, tmp_path):
+    model, inputs = make_model(projector_type=projector_type), batch()
+    model.save_pretrained(tmp_path)
+    again, report = MaskLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
+
+
+def test_sharded_saving_and_the_headless_model(tmp_path):
+    model, inputs = make_model(), batch()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(again) is MaskLlavaModel
+    with torch.no_grad():
+        expected = model.model(**inputs).last_hidden_state
+        assert torch.equal(again(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = make_model().to(dtype)
+    inputs, masks = batch(), make_masks()
+    logits = model(**inputs).logits
+    assert logits.dtype == dtype and torch.isfinite(logits).all()
+    del inputs["object_embeds"]
+    assert torch.isfinite(model(**inputs, object_masks=masks).logits).all()
+
+
+def test_only_the_needed_hidden_states_are_kept():
+    model, inputs = make_model(), single()
+    images = {k: inputs[k] for k in ("pixel_values", "object_embeds", "object_counts")}
+    states = model.get_image_features(**images).hidden_states
+    assert [i for i, state in enumerate(states) if state is not None] == [2]
+
+
+def test_forward_is_one_graph_and_catches_a_wrong_tally():
+    model, inputs = make_model(), batch()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**inputs).logits, expected)
+        inputs["object_counts"] = torch.tensor([4, 1, 0])
+        with pytest.raises(RuntimeError):
+            compiled(**inputs)
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def test_gradients_reach_projector_tower_and_language_model_but_not_the_embeddings():
+    model, inputs = make_model().train(), batch()
+    inputs["object_embeds"].requires_grad_()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert inputs["object_embeds"].grad is None
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    assert model.model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_batch_without_images_touches_tower_and_projector_with_zero_gradient():
+    model = make_model().train()
+    text = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+    loss = model(**text).loss
+    loss.backward()
+    gradient = model.model.multi_modal_projector.linear_1.weight.grad
+    assert gradient is not None and not gradient.any()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**text).loss, loss.detach())
+    frozen = make_model().train()
+    frozen.model.vision_tower.requires_grad_(False)
+    frozen.model.multi_modal_projector.requires_grad_(False)
+    calls = []
+    frozen.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
+    frozen(**text).loss.backward()
+    assert not calls
+
+
+def test_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model, inputs = make_model().train(), batch()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append(model.model.multi_modal_projector.linear_1.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_training_the_tower_beside_stored_embeddings_warns(monkeypatch):
+    model, inputs, warned = make_model().train(), single(), []
+    logger = logging.get_logger("mask_llava_hf.modeling.modeling_mask_llava")
+    monkeypatch.setattr(type(logger), "warning_once", lambda self, message, *a: warned.append(message), raising=False)
+    model(**inputs)
+    assert any("drift apart" in message for message in warned)
+    warned.clear()
+    model.model.vision_tower.requires_grad_(False)
+    model(**inputs)
+    assert not any("drift apart" in message for message in warned)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda i: i.pop("object_counts"), "`object_embeds` needs `object_counts`"),
+        (lambda i: i.update(object_masks=make_masks()), "Both `object_embeds` and `object_masks`"),
+        (lambda i: i.pop("object_embeds"), "`object_counts` was given without"),
+        (lambda i: i.update(object_embeds=i["object_embeds"][:2]), "`object_embeds` 2 rows"),
+        (lambda i: i.update(object_embeds=torch.zeros(3, 4, 48)), "width 48, but this model's vision tower has 32"),
+        (lambda i: i.update(object_counts=torch.tensor([4, 2, 5])), r"must lie in 0..4"),
+        (lambda i: i.update(object_counts=torch.tensor([4, 1, 0])), "36 image placeholders .* give 35 tokens"),
+        (lambda i: i.update(patch_grid_size=4), "`patch_grid_size` must be an integer in 0..3, got 4"),
+        (lambda i: i.update(patch_grid_size=2.0), "`patch_grid_size` must be an integer"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+    model, inputs = make_model(), batch()
+    change(inputs)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+
+
+def test_encoded_images_exclude_pixels():
+    model, inputs = make_model(), single()
+    encoded = {"image": model.get_image_features(inputs["pixel_values"])}
+    with pytest.raises(ValueError, match="`pixel_values` and `mm_encoder_outputs`"):
+        model(**inputs, mm_encoder_outputs=encoded)
+
+
+def test_lists_of_feature_layers_refuse_objects():
+    model = make_model(vision_feature_layer=[-1, -2], max_object_tokens=0)
+    with pytest.raises(ValueError, match="concatenates several layers"):
+        model(**single())
+
+
+def test_a_tower_without_cls_token_is_refused():
+    vision = {**VISION, "model_type": "siglip_vision_model"}
+    config = make_config()
+    model = MaskLlavaForConditionalGeneration(type(config)(vision_config=vision, text_config=dict(TEXT)))
+    with pytest.raises(ValueError, match="144 tokens for a 12 x 12 grid.*without CLS token"):
+        model.get_image_features(torch.zeros(1, 3, SIDE, SIDE))
+
+
+def test_the_vision_tower_is_transformers_own():
+    assert type(make_model().model.vision_tower) is CLIPVisionModel
+    assert make_model().model.vision_tower.config.hidden_size == WIDTH
