@@ -18,6 +18,7 @@ from mask_llava_hf import (
     MaskLlavaProcessor,
 )
 from mask_llava_hf.processing.mask_embedder import fingerprint_settings
+from mask_llava_hf.processing.object_settings import ObjectSettings
 from mask_llava_hf.testing import CHAT_TEMPLATE, tiny_tokenizer
 
 
@@ -121,14 +122,14 @@ class Tester:
     @classmethod
     def processor_kwargs(cls):
         return {
-            "object_settings": {
-                "max_object_tokens": NUM_OBJECTS,
-                "patch_grid_size": cls.patch_grid_size,
-                "embed_size": 32,
-                "image_size": cls.image_size,
-                "mask_source": "boxes",
-                "mask_inversion": cls.mask_inversion,
-            },
+            "object_settings": ObjectSettings(
+                max_object_tokens=NUM_OBJECTS,
+                patch_grid_size=cls.patch_grid_size,
+                embed_size=32,
+                image_size=cls.image_size,
+                mask_source="boxes",
+                mask_inversion=cls.mask_inversion,
+            ).to_dict(),  # all keys, since the processor saves all
             "chat_template": cls.chat_template,
         }
 

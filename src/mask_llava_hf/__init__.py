@@ -5,7 +5,7 @@ and their kin then load Mask-LLaVA checkpoints like any other.
 """
 
 from .modeling.configuration_mask_llava import MaskLlavaConfig
-from .modeling.modeling_mask_llava import MaskLlavaForConditionalGeneration, MaskLlavaModel
+from .modeling.modeling_mask_llava import QUANTIZATION_SKIP_MODULES, MaskLlavaForConditionalGeneration, MaskLlavaModel
 from .processing.objects.image_objects import ImageObjects
 from .processing.processing_mask_llava import MaskLlavaProcessor
 from .registration import register
@@ -14,6 +14,7 @@ from .registration import register
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "QUANTIZATION_SKIP_MODULES",
     "ImageObjects",
     "MaskLlavaConfig",
     "MaskLlavaForConditionalGeneration",

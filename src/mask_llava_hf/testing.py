@@ -5,9 +5,8 @@ answer runs in about a second on a CPU, and its answer is noise. Weights depend 
 global random generator, which is left as it was, nor on the default device or dtype.
 """
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     DeformableDetrConfig,
@@ -78,7 +77,14 @@ _TOKENIZER_TEXT = (
 _VOCABULARY_SIZE = 400
 _IMAGE_SIZE, _PATCH_SIZE, _WIDTH = 168, 14, 64
 _DETECTOR_INPUT = 128
-_SEGMENTER_INPUT, _SEGMENTER_PATCH = 128, 16
+_SEGMENTER_INPUT = {"sam": 128, "sam2": 256}
+_TINY_MASK_DECODER = {
+    "hidden_size": 32,
+    "mlp_dim": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "iou_head_hidden_dim": 32,
+}
 
 DetectorKind = Literal["rt_detr", "deformable_detr"]
 SegmenterKind = Literal["sam", "sam2"]
@@ -203,7 +209,8 @@ def tiny_detector(
     with _reproducible(seed):
         model, image_processor = (_rt_detr if kind == "rt_detr" else _deformable_detr)(num_queries)
         _spread_signals(model)
-        _spread_detections(model)
+        # RT-DETR's three box heads add to small anchors, which have to grow; the one of Deformable DETR has no anchor
+        _spread_detections(model, *((0.4, 0.3) if kind == "rt_detr" else (-1.2, 0.7)))
     return model.eval(), image_processor
 
 
@@ -246,12 +253,12 @@ def _deformable_detr(num_queries: int) -> tuple[PreTrainedModel, Any]:
     )
     config = DeformableDetrConfig(
         backbone_config=backbone,
-        d_model=16,
+        d_model=32,  # a multiple of the 32 groups of its input normalisation
         encoder_layers=1,
-        encoder_ffn_dim=32,
+        encoder_ffn_dim=64,
         encoder_attention_heads=2,
         decoder_layers=2,
-        decoder_ffn_dim=32,
+        decoder_ffn_dim=64,
         decoder_attention_heads=2,
         num_feature_levels=3,
         num_queries=num_queries,
@@ -265,7 +272,10 @@ def _deformable_detr(num_queries: int) -> tuple[PreTrainedModel, Any]:
 
 
 def tiny_segmenter(kind: SegmenterKind = "sam", *, seed: int = 0) -> tuple[PreTrainedModel, Any]:
-    """A segmenter and its processor. Its masks are blobs that depend on image and box, and outline nothing.
+    """A segmenter and its processor. The mask of a box is about the box, with an outline that wavers with the image.
+
+    The image encoder is random; the mask decoder is set by hand.
+
 
     Args:
         kind: "sam" or "sam2".
@@ -278,62 +288,57 @@ def tiny_segmenter(kind: SegmenterKind = "sam", *, seed: int = 0) -> tuple[PreTr
     with _reproducible(seed):
         model, processor = (_sam if kind == "sam" else _sam2)()
         _spread_signals(model)
+        _segment_boxes(model)
     return model.eval(), processor
 
 
 def _sam() -> tuple[PreTrainedModel, Any]:
-    prompt = {"hidden_size": 32, "image_size": _SEGMENTER_INPUT, "patch_size": _SEGMENTER_PATCH}
+    side, patch = _SEGMENTER_INPUT["sam"], 4
     config = SamConfig(
         vision_config={
             "hidden_size": 32,
             "output_channels": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
-            "image_size": _SEGMENTER_INPUT,
-            "patch_size": _SEGMENTER_PATCH,
+            "image_size": side,
+            "patch_size": patch,
             "mlp_dim": 64,
-            "window_size": 4,
+            "window_size": 8,
             "global_attn_indexes": [1],
             "num_pos_feats": 16,
         },
-        prompt_encoder_config=prompt,
-        mask_decoder_config={
-            "hidden_size": 32,
-            "mlp_dim": 64,
-            "num_attention_heads": 2,
-            "iou_head_hidden_dim": 32,
-        },
+        prompt_encoder_config={"hidden_size": 32, "image_size": side, "patch_size": patch},
+        mask_decoder_config=_TINY_MASK_DECODER,
     )
-    side = {"height": _SEGMENTER_INPUT, "width": _SEGMENTER_INPUT}
     image_processor = SamImageProcessor(
-        size={"longest_edge": _SEGMENTER_INPUT},
-        pad_size=side,
-        mask_size={"longest_edge": _SEGMENTER_INPUT // 4},
-        mask_pad_size={name: value // 4 for name, value in side.items()},
+        size={"longest_edge": side},
+        pad_size={"height": side, "width": side},
+        mask_size={"longest_edge": side},
+        mask_pad_size={"height": side, "width": side},
     )
     return SamModel._from_config(config, dtype=torch.float32), SamProcessor(image_processor)
 
 
 def _sam2() -> tuple[PreTrainedModel, Any]:
-    side = _SEGMENTER_INPUT
+    side = _SEGMENTER_INPUT["sam2"]
     config = Sam2Config(
         vision_config={
             "backbone_config": {
                 "model_type": "sam2_hiera_det_model",
                 "hidden_size": 8,
                 "image_size": [side, side],
-                "blocks_per_stage": [1, 1, 1, 1],
+                "blocks_per_stage": [1, 1, 2, 1],
                 "embed_dim_per_stage": [8, 16, 32, 64],
                 "num_attention_heads_per_stage": [1, 1, 2, 2],
                 "window_size_per_stage": [4, 4, 4, 4],
-                "global_attention_blocks": [2],
+                "global_attention_blocks": [3],  # not the first of a stage, which pools its queries
             },
             "backbone_channel_list": [64, 32, 16, 8],
             "backbone_feature_sizes": [[side // stride, side // stride] for stride in (4, 8, 16)],
             "fpn_hidden_size": 32,
         },
-        prompt_encoder_config={"hidden_size": 32, "image_size": side, "patch_size": _SEGMENTER_PATCH},
-        mask_decoder_config={"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32},
+        prompt_encoder_config={"hidden_size": 32, "image_size": side, "patch_size": 16},
+        mask_decoder_config=_TINY_MASK_DECODER,
     )
     image_processor = Sam2ImageProcessor(
         size={"height": side, "width": side}, mask_size={"height": side // 4, "width": side // 4}
@@ -401,16 +406,19 @@ def build_tiny_checkpoint(
 
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
-    # The CPU generator alone: torch.manual_seed would reseed the accelerators as well
-    state = torch.default_generator.get_state()
+    # The CPU's generator alone: torch.manual_seed would reseed the accelerators as well
+    state, dtype = torch.default_generator.get_state(), torch.get_default_dtype()
     try:
         with torch.device("cpu"):
+            torch.set_default_dtype(torch.float32)
             torch.default_generator.manual_seed(seed)
             yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.default_generator.set_state(state)
 
 
+@torch.no_grad()
 def _spread_signals(model: nn.Module) -> None:
     """Gives weights the size at which signals neither vanish nor grow from layer to layer.
 
@@ -423,3 +431,110 @@ def _spread_signals(model: nn.Module) -> None:
             nn.init.normal_(module.weight, std=fan_in**-0.5)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+
+
+@torch.no_grad()
+def _spread_detections(model: PreTrainedModel, size_mean: float, size_std: float) -> None:
+    """Steers a detector's heads to boxes of many places and sizes and to scores that vary.
+
+    Each head, in the order in which they run, gets the outputs on images of noise shifted and scaled to a chosen mean
+    and standard deviation over all queries, before the sigmoid.
+
+    Args:
+        size_mean, size_std: mean and standard deviation that each box head gives to width and height.
+    """
+
+    def steer(mean: Tensor, std: Tensor) -> Callable[[nn.Linear, Any, Tensor], Tensor]:
+        def hook(head: nn.Linear, _: Any, output: Tensor) -> Tensor:
+            found = output.flatten(0, -2)
+            scale = std / found.std(0).clamp(min=1e-3)
+            head.weight.mul_(scale[:, None])
+            head.bias.copy_((head.bias - found.mean(0)) * scale + mean)
+            return (output - found.mean(0)) * scale + mean
+
+        return hook
+
+    score = steer(torch.tensor([-0.5]), torch.tensor([1.3]))
+    box = steer(torch.tensor([0.0, 0.0, size_mean, size_mean]), torch.tensor([0.3, 0.3, size_std, size_std]))
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == 1:  # one class
+            hooks.append(module.register_forward_hook(score))
+        elif isinstance(module, nn.Linear) and module.out_features == 4 and "bbox" in name:
+            hooks.append(module.register_forward_hook(box))
+    blobs = torch.rand(16, 3, 1, 1) + torch.rand(16, 3, 8, 8) - 0.5  # of different colours and brightness
+    noise = nn.functional.interpolate(blobs, size=_DETECTOR_INPUT, mode="bilinear")
+    model.eval()(pixel_values=noise)
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def _segment_boxes(model: PreTrainedModel) -> None:
+    """Sets a segmenter's mask decoder by hand, so that the mask of a box is about the box.
+
+    A random decoder paints the same specks over the whole image for every box, and nothing behind it could be told
+    right from wrong. The image encoder stays random; its faint signal makes the outlines waver.
+
+    A place is encoded as sine and cosine of its x and of its y, slow enough to be one-to-one. Four attention heads let
+    a pixel look at a corner of the box: is it right of the upper left corner, below it, left of the lower right corner,
+    above it? As sin(a - b) = sin a cos b - cos a sin b, that is a product of query and key. Where all four agree, there
+    is the mask.
+    """
+    is_sam = model.config.model_type == "sam"
+    decoder, prompts = model.mask_decoder, model.prompt_encoder
+    # Channels: of the sixteen sines and cosines only the first two move; the other sines are free to mark tokens
+    sine, cosine, always_one = (0, 1), (16, 17), 31
+    upper_left, lower_right, no_corner, inside, outside = 2, 3, 4, 8, 9
+    marker, steepness = 6.0, 400.0
+
+    for places in (model.shared_image_embedding, prompts.shared_embedding):
+        places.positional_embedding.zero_()
+        places.positional_embedding.fill_diagonal_(1 / 16)
+    for name, parameter in decoder.named_parameters():
+        if name in ("iou_token.weight", "mask_tokens.weight", "obj_score_token.weight"):
+            parameter.zero_()
+            parameter[:, no_corner] = marker
+        elif "norm" not in name:
+            parameter.zero_()
+    corners = [row.weight[0] for row in prompts.point_embed] if is_sam else prompts.point_embed.weight
+    tokens = {upper_left: corners[2], lower_right: corners[3], no_corner: prompts.not_a_point_embed.weight[0]}
+    for channel, token in tokens.items():
+        token.zero_()
+        token[channel] = marker
+    prompts.no_mask_embed.weight.zero_()
+
+    # First the tokens attend to their own kind, and keep its mark alone
+    layer = decoder.transformer.layers[0]
+    attend, kinds = layer.self_attn, list(tokens)
+    attend.q_proj.weight[kinds, kinds] = attend.k_proj.weight[kinds, kinds] = 2.0
+    attend.v_proj.weight[kinds, kinds] = (attend.out_proj if is_sam else attend.o_proj).weight[kinds, kinds] = 1.0
+    layer.layer_norm3.weight.zero_()
+    layer.layer_norm3.weight[kinds] = 1.0
+
+    # Then every pixel asks its four questions, and counts the votes
+    attend = layer.cross_attn_image_to_token
+    vote = attend.out_proj if is_sam else attend.o_proj
+    head_width = attend.q_proj.out_features // 4
+    for head in range(4):
+        axis, row = head % 2, head * head_width
+        corner, other, sign = (upper_left, lower_right, 1) if head < 2 else (lower_right, upper_left, -1)
+        attend.q_proj.weight[[row, row + 1, row + 2], [sine[axis], cosine[axis], always_one]] = 1.0
+        attend.k_proj.weight[row, cosine[axis]] = sign * steepness
+        attend.k_proj.weight[row + 1, sine[axis]] = -sign * steepness
+        attend.k_proj.weight[row + 2, other] = -steepness
+        attend.k_proj.weight[row + 2, corner] = 0.3  # makes up for there being about six tokens that are no corner
+        attend.v_proj.weight[row, corner] = 1 / marker
+        vote.weight[[inside, outside], row] = torch.tensor([4.0, -4.0])
+    vote.bias[[inside, outside]] = 3.2 * torch.tensor([-4.0, 4.0])  # of at most 4 votes
+
+    # The rest of the decoder passes on whether a pixel is inside
+    decoder.upscale_conv1.weight[[inside, outside], [0, 1]] = 1.0
+    decoder.upscale_conv2.weight[[0, 1], [0, 1]] = 1.0
+    for head_of_mask in decoder.output_hypernetworks_mlps:
+        head_of_mask.proj_out.bias[:2] = torch.tensor([1.0, -1.0])
+    for name, parameter in model.vision_encoder.named_parameters():
+        if name.startswith(("neck.layer_norm2.", "neck.convs.")):  # the last of SAM's and of SAM 2's
+            parameter.mul_(0.005)

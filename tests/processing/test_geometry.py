@@ -171,11 +171,12 @@ def test_exif_rotation_is_applied(tmp_path):
     assert upright_rgb(Image.open(tmp_path / "turned.jpg")).size == (2, 3)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I", "array", "F"])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "array", "F"])
 def test_16_bit_and_float_pixels_are_scaled_not_clipped(mode):
     values = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
     image = {
         "I;16": lambda: Image.fromarray(values),
+        "I;16B": lambda: Image.frombytes("I;16B", (2, 2), values.astype(">u2").tobytes()),
         "I": lambda: Image.fromarray(values.astype(np.int32)),
         "array": lambda: values,
         "F": lambda: Image.fromarray((values / 65535).astype(np.float32)),
@@ -210,7 +211,7 @@ def test_arrays_and_tensors_of_every_shape():
         (np.full((4, 4, 3), 2.0), "Divide by 255"),
         (np.full((4, 4, 3), 300), "Cast 16-bit"),
         (np.zeros((2, 4, 4, 3), np.uint8), "Pass a batch as a list"),
-        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
+        (np.zeros((5, 5, 2), np.uint8), r"shape \(5, 5, 2\)"),
         (np.zeros((4, 4, 3), complex), "complex128"),
         ("cat.jpg", "load_image"),
     ],

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of Mask-LLaVA: LLaVA's, and how an image's tokens are composed."""
 
 import re

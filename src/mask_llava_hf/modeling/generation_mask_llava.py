@@ -210,10 +210,9 @@ class MaskLlavaGenerationMixin(GenerationMixin):
         return self._prepare_attention_mask_for_generation(ids, config, {})
 
     def _padding_id(self, generation_config: GenerationConfig | None) -> int:
-        for config in (generation_config, self.generation_config, self.config.get_text_config()):
-            if getattr(config, "pad_token_id", None) is not None:
-                return config.pad_token_id
-        return 0  # never attended to
+        configs = (generation_config, self.generation_config, self.config.get_text_config())
+        known = (getattr(config, "pad_token_id", None) for config in configs)
+        return next((token_id for token_id in known if token_id is not None), 0)  # never attended to
 
     def _shift_length_limits(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], num_dropped: int

@@ -158,7 +158,8 @@ def _read(module: nn.Module, name: str, kind: type, shape: tuple[int, ...], devi
             f"`{name}` is a {type(module).__module__}.{type(module).__name__} whose weight is {what}; expected a "
             f"plain {kind.__name__} with a floating-point weight. MaskInversion reads the numbers of the tower's last "
             "block, and a quantised weight does not hold them. Leave the vision tower out of quantisation "
-            '(bitsandbytes: `llm_int8_skip_modules=["vision_tower"]`), or run the inversion in the processor with its own tower.'
+            "(`llm_int8_skip_modules=mask_llava_hf.QUANTIZATION_SKIP_MODULES`), or run the inversion in the processor "
+            "with its own tower."
         )
     if weight.is_meta:
         raise ValueError(
@@ -187,7 +188,7 @@ def projection_size(vision_model: Any, visual_projection: nn.Linear | Tensor | N
         shape = tuple(visual_projection.shape)
     else:
         shape = (visual_projection.out_features, visual_projection.in_features)
-        if visual_projection.bias is not None:
+        if getattr(visual_projection, "bias", None) is not None:
             raise ValueError(
                 "`visual_projection` has a bias; CLIP's has none. Pass its weight alone, or another projection."
             )

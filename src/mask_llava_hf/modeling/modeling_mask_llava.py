@@ -9,7 +9,8 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
-from transformers.utils import logging, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mask_llava import MaskLlavaConfig
@@ -20,6 +21,11 @@ from .token_layout import TokenLayout, check_integer
 
 
 logger = logging.get_logger(__name__)
+
+# For `BitsAndBytesConfig(llm_int8_skip_modules=...)` and its kin: quantises the language model alone, as LLaVA is
+# usually quantised. By default Transformers would quantise tower and projector too, and MaskInversion reads the
+# tower's weights. Patterns match from the start of a name, with or without the head's "model.".
+QUANTIZATION_SKIP_MODULES = [r"(model\.)?vision_tower", r"(model\.)?multi_modal_projector", "lm_head"]
 
 
 class MaskLlavaMultiModalProjector(nn.Module):
@@ -77,7 +83,7 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         object_masks: torch.Tensor | None = None,
         object_counts: torch.Tensor | None = None,
         patch_grid_size: int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Encodes images to the tokens that take the place of their placeholders.
 
@@ -237,7 +243,7 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:
         """(B, L) bool; without ids the placeholders are told by their embedding."""
-        if input_ids is not None:
+        if inputs_embeds is None or input_ids is not None:
             return input_ids == self.config.image_token_id
         token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
@@ -256,7 +262,7 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         object_counts: torch.Tensor | None = None,
         patch_grid_size: int | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """Runs the model; see `get_image_features` for the image inputs and `LlavaModel.forward` for the rest.
 
@@ -291,10 +297,10 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
             mm_encoder_outputs = {"image": image}
             if torch.compiler.is_compiling():
                 slots = self._num_object_slots(object_embeds, object_masks)
-                num_tokens = len(image.pooler_output[0]) - len(pixel_values) * slots
-                num_tokens = num_tokens + (0 if object_counts is None else object_counts.sum())
+                num_fixed = len(image.pooler_output[0]) - len(pixel_values) * slots
+                num_objects = 0 if object_counts is None else object_counts.sum()
                 found = self._placeholder_positions(input_ids, inputs_embeds).sum()
-                torch_compilable_check(found == num_tokens, "image placeholders and image tokens differ in number")
+                torch_compilable_check(found == num_fixed + num_objects, "image placeholders and tokens differ")
         elif self.training and torch.is_grad_enabled() and self._image_path_is_trainable():
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
@@ -346,7 +352,9 @@ class MaskLlavaForConditionalGeneration(
         # when it is loaded again
         self.generation_config._from_model_config = None
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
         """See [`MaskLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -366,7 +374,7 @@ class MaskLlavaForConditionalGeneration(
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaCausalLMOutputWithPast:
         """As [`MaskLlavaModel.forward`], with `labels` (B, L) int64 (-100 is ignored) for a loss, and logits.
 
@@ -391,4 +399,9 @@ class MaskLlavaForConditionalGeneration(
         )
 
 
-__all__ = ["MaskLlavaForConditionalGeneration", "MaskLlavaModel", "MaskLlavaPreTrainedModel"]
+__all__ = [
+    "QUANTIZATION_SKIP_MODULES",
+    "MaskLlavaForConditionalGeneration",
+    "MaskLlavaModel",
+    "MaskLlavaPreTrainedModel",
+]

@@ -4,6 +4,8 @@ All functions take features of the tower's width D before the projector, and kee
 control flow), so that they trace as one graph.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
@@ -71,7 +73,7 @@ def compose_tokens(
     object_embeds: torch.Tensor | None,
     layout: TokenLayout,
     norm_scaling: str,
-    fixed_statistics: tuple[float, float] | None = None,
+    fixed_statistics: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """The streams of each image in order: CLS, pooled patches row-major, objects in keep order.
 

@@ -318,6 +318,7 @@ def _array_to_pil(array: np.ndarray, channels_first: bool) -> Image.Image:
 
 
 def _to_8_bit(array: np.ndarray) -> np.ndarray:
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:

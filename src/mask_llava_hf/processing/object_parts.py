@@ -2,6 +2,7 @@
 
 import uuid
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from .part_sources import PartSource, default_device, load_part, loaded_part, re
 
 PART_NAMES = ("detector", "segmenter", "vision_tower")
 
-_LOADERS = {
+_LOADERS: dict[str, Callable[..., Any]] = {
     "detector": ObjectDetector.from_pretrained,
     "segmenter": load_segmenter,
     "vision_tower": load_mask_embedder,
@@ -45,7 +46,8 @@ def share_model(model: torch.nn.Module) -> str:
     Raises:
         ValueError: not a Mask-LLaVA model, with or without head or PEFT wrapper.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)  # of a PEFT model
+    inner: Any = model if unwrap is None else unwrap()
     inner = getattr(inner, "base_model", inner)
     if not isinstance(inner, MaskLlavaModel):
         raise ValueError(

@@ -1,6 +1,7 @@
 """From pictures to objects in keep order, and to the tensors the model reads. What a cap drops is not computed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .geometry import SquareFrame
 from .object_parts import ObjectParts
 from .object_settings import ObjectSettings
 from .objects.image_objects import ImageObjects
-from .objects.nested_order import keep_order
+from .objects.nested_order import Order, keep_order
 
 
 logger = logging.get_logger(__name__)
@@ -62,10 +63,7 @@ def find_objects_in(
 
 
 def masks_in_frame(
-    pictures: Sequence[Image.Image],
-    found: Sequence[ImageObjects],
-    image_processor: Any,
-    overrides: Mapping[str, Any],
+    found: Sequence[ImageObjects], settings: ObjectSettings, image_processor: Any, overrides: Mapping[str, Any]
 ) -> tuple[list[Tensor | None], list[ImageObjects]]:
     """Each image's masks in the frame of the tower's square input; objects that vanish there are dropped.
 
@@ -78,12 +76,12 @@ def masks_in_frame(
     masks: list[Tensor | None] = []
     left: list[ImageObjects] = []
     dropped = 0
-    for picture, objects in zip(pictures, found, strict=True):
-        if objects.masks is None:
+    for objects in found:
+        if objects.masks is None or _needs_no_masks(objects, settings):
             masks.append(None)
             left.append(objects)
             continue
-        frame = SquareFrame.from_image_processor(image_processor, (picture.height, picture.width), **overrides)
+        frame = SquareFrame.from_image_processor(image_processor, objects.image_hw, **overrides)
         framed = frame.transform_masks(objects.masks)
         visible = framed.flatten(1).any(1)
         dropped += int((~visible).sum())
@@ -150,37 +148,63 @@ def with_embeddings(
         embeddings = embedder.embed(pixel_values[missing], slots.bool())
         fingerprint = embedder.fingerprint
         for index, rows in zip(missing, embeddings, strict=True):
-            result[index] = found[index].with_embeddings(rows[: len(found[index])], fingerprint)
+            result[index] = replace(
+                found[index], embeddings=rows[: len(found[index])], embedding_fingerprint=fingerprint
+            )
     return result
 
 
-def _first(objects: ImageObjects, order: str, cap: int) -> ImageObjects:
-    return objects[keep_order(objects, order)[:cap]]
+def boxes_to_masks(boxes_xyxy: Tensor, image_hw: tuple[int, int]) -> Tensor:
+    """The boxes themselves as masks: the pixels whose centre lies inside, and always the pixel at the box's centre.
+
+    Args:
+        boxes_xyxy: (n, 4) in pixels of the image.
+
+    Returns:
+        (n, H, W) bool.
+    """
+    height, width = image_hw
+    x1, y1, x2, y2 = boxes_xyxy[:, :, None].unbind(1)  # (n, 1) each
+
+    def inside(start: Tensor, stop: Tensor, length: int) -> Tensor:
+        pixels = torch.arange(length)
+        middle = ((start + stop) / 2).floor().clamp(0, length - 1)
+        return ((pixels + 0.5 >= start) & (pixels + 0.5 < stop)) | (pixels == middle)
+
+    return inside(y1, y2, height)[:, :, None] & inside(x1, x2, width)[:, None, :]
+
+
+def _first(objects: ImageObjects, order: Order, cap: int) -> ImageObjects:
+    return objects[keep_order(objects, order)[:cap]] if len(objects) else objects
+
+
+def _needs_no_masks(objects: ImageObjects, settings: ObjectSettings) -> bool:
+    return settings.mask_inversion == "processor" and objects.embeddings is not None
 
 
 def _with_masks(
     pictures: Sequence[Image.Image], found: Sequence[ImageObjects], settings: ObjectSettings, parts: ObjectParts
 ) -> list[ImageObjects]:
     result = list(found)
-    embeddings_do = settings.mask_inversion == "processor"
     missing = [
         index
         for index, objects in enumerate(found)
-        if len(objects) and objects.masks is None and not (embeddings_do and objects.embeddings is not None)
+        if len(objects) and objects.masks is None and not _needs_no_masks(objects, settings)
     ]
     if not missing:
         return result
     if settings.mask_source == "boxes":
         for index in missing:
-            result[index] = found[index].with_box_masks()
+            result[index] = found[index].with_masks(boxes_to_masks(found[index].boxes_xyxy, found[index].image_hw))
         return result
     masks = parts.segmenter().segment(
         [pictures[index] for index in missing], [found[index].boxes_xyxy for index in missing]
     )
     num_empty = 0
     for index, image_masks in zip(missing, masks, strict=True):
-        result[index] = found[index].with_masks(image_masks).without_empty_masks(warn=False)
-        num_empty += len(image_masks) - len(result[index])
+        filled = image_masks.flatten(1).any(1)
+        result[index] = found[index].with_masks(image_masks)[filled]
+        num_empty += int((~filled).sum())
     if num_empty:
         logger.warning(
             f"The segmenter gave {num_empty} of {sum(map(len, masks))} objects an empty mask; they give no token."

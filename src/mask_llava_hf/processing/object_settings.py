@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from ..modeling.token_layout import TokenLayout, check_integer
 
@@ -72,9 +72,9 @@ class ObjectSettings:
     vision_tower: str | None = None
     score_threshold: float = 0.05
     max_candidates: int = 50
-    mask_source: str = "segmenter"
-    order: str = "mask_iou"
-    mask_inversion: str = "processor"
+    mask_source: Literal["segmenter", "boxes"] = "segmenter"
+    order: Literal["mask_iou", "box_iou", "score"] = "mask_iou"
+    mask_inversion: Literal["processor", "model"] = "processor"
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -7,8 +7,9 @@ processors of the process.
 
 import os
 import shutil
+import tempfile
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,16 @@ import torch
 from huggingface_hub import snapshot_download
 
 
-_parts: dict[Hashable, Any] = {}
-_parts_lock = threading.RLock()
-
-
 @dataclass(frozen=True)
 class PartSource:
     """A Hub repository at a revision, or a local path (then without revision)."""
 
     location: str
     revision: str | None = None
+
+
+_parts: dict[tuple[str, PartSource, torch.device, torch.dtype | None], Any] = {}
+_parts_lock = threading.RLock()
 
 
 def is_relative(setting: str | None) -> bool:
@@ -72,27 +73,30 @@ def resolve_source(setting: str, checkpoint: PartSource | None) -> PartSource:
 
 
 def copy_relative_part(setting: str, checkpoint: PartSource | None, target: str | os.PathLike) -> None:
-    """Copies a relative part into another checkpoint folder, whole or not at all.
+    """Copies a relative part into another checkpoint folder, whole or not at all, in place of one that is there.
 
-    A part that is already in the target is left alone, so that saving in place is cheap.
+    Args:
+        setting: `./folder` or `./file`.
+        checkpoint: where the processor was loaded from. A processor built in memory has nothing to copy: its part must
+            be in `target` already.
+        target: the checkpoint folder that is being saved.
     """
     destination = Path(target, setting)
-    if destination.exists():
+    if checkpoint is None and destination.exists():
         return
     source = Path(resolve_source(setting, checkpoint).location)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    if destination.exists() and source.samefile(destination):
+        return
     destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as temporary:
+        copy, old = Path(temporary, "copy"), Path(temporary, "old")
         if source.is_dir():
-            shutil.copytree(source, temporary)
+            shutil.copytree(source, copy)
         else:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, destination)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+            shutil.copyfile(source, copy)
+        if destination.exists():
+            os.replace(destination, old)
+        os.replace(copy, destination)
 
 
 def default_device() -> torch.device:
@@ -109,9 +113,7 @@ def load_part(
     load: Callable[..., Any],
     **options: Any,
 ) -> Any:
-    """The part from the cache, or `load(location, revision=, device=, **options)`; safe from several threads.
-
-    `load` is told the dtype only where one is wanted; each kind of part has its own default.
+    """The part from the cache, or `load(location, revision=, device=, dtype=, **options)`; safe from several threads.
 
     Raises:
         RuntimeError: in a data-loader worker, where each worker would hold its own copy of every part (and a forked
@@ -126,9 +128,7 @@ def load_part(
     key = (kind, source, device, dtype)
     with _parts_lock:
         if key not in _parts:
-            if dtype is not None:
-                options["dtype"] = dtype
-            _parts[key] = load(source.location, revision=source.revision, device=device, **options)
+            _parts[key] = load(source.location, revision=source.revision, device=device, dtype=dtype, **options)
         return _parts[key]
 
 

@@ -22,7 +22,7 @@ from .part_sources import PartSource, copy_relative_part, is_local, is_relative
 _OBJECT_INPUTS = ("boxes", "masks", "objects")
 
 
-class MaskLlavaImagesKwargs(ImagesKwargs, total=False):
+class MaskLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """What a call may say about images, beside the image processor's own arguments."""
 
     boxes: Any
@@ -31,7 +31,7 @@ class MaskLlavaImagesKwargs(ImagesKwargs, total=False):
     max_object_tokens: Any
 
 
-class MaskLlavaProcessorKwargs(ProcessingKwargs, total=False):
+class MaskLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     images_kwargs: MaskLlavaImagesKwargs
 
 
@@ -157,8 +157,6 @@ class MaskLlavaProcessor(ProcessorMixin):
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        if videos is not None or audio is not None:
-            raise ValueError("Mask-LLaVA takes text and images, but `videos` or `audio` were given.")
         self._refuse_unknown_arguments(kwargs)
         if images is None:
             given = [name for name in _OBJECT_INPUTS if kwargs.get(name) is not None]
@@ -179,8 +177,8 @@ class MaskLlavaProcessor(ProcessorMixin):
         # Transformers drops them with a warning: `max_object_token=5` would silently cost 20 tokens
         schema = self.valid_processor_kwargs.__annotations__
         known = {*schema, "common_kwargs", "return_metadata", "sanitize_control_tokens"}
-        for modality in ("text_kwargs", "images_kwargs"):
-            known |= set(schema[modality].__annotations__)
+        for modality, arguments in schema.items():
+            known |= set(getattr(arguments, "__annotations__", {})) if modality.endswith("_kwargs") else set()
         for part in (self.image_processor, self.tokenizer):
             known |= set(getattr(getattr(part, "valid_kwargs", None), "__annotations__", {}))
         unknown = sorted(set(kwargs) - known)
@@ -212,7 +210,7 @@ class MaskLlavaProcessor(ProcessorMixin):
         given = given_objects(images, pictures, boxes, masks, objects)
         cap = self._cap(settings, max_object_tokens, given)
         found = find_objects_in(pictures, given, cap, settings, self._parts())
-        framed, found = masks_in_frame(pictures, found, self.image_processor, kwargs)
+        framed, found = masks_in_frame(found, settings, self.image_processor, kwargs)
         processed = dict(self.image_processor(pictures, return_tensors="pt", **kwargs))
         processed["object_counts"] = torch.tensor([len(objects) for objects in found], dtype=torch.long)
         if settings.mask_inversion == "model":
@@ -263,7 +261,7 @@ class MaskLlavaProcessor(ProcessorMixin):
         if settings.detector is None:
             parts.detector()  # raises, naming the mends
         found = find_objects_in(pictures, [None] * len(pictures), cap, settings, parts)
-        framed, found = masks_in_frame(pictures, found, self.image_processor, {})
+        framed, found = masks_in_frame(found, settings, self.image_processor, {})
         if settings.mask_inversion == "model":
             return found
         pixel_values = self.image_processor(pictures, return_tensors="pt")["pixel_values"]

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetec
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import logging
 
-from .image_objects import ImageObjects, boxes_inside
+from .image_objects import ImageObjects
+from .object_fields import boxes_inside
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +66,6 @@ class ObjectDetector:
         image_processor = AutoImageProcessor.from_pretrained(source, revision=revision)
         return cls(model.to(device), image_processor)
 
-    @torch.inference_mode()
     def detect(
         self, images: Sequence[Image.Image], score_threshold: float = 0.05, max_candidates: int = 50
     ) -> list[ImageObjects]:
@@ -112,14 +112,16 @@ class ObjectDetector:
         if all("pixel_mask" in entry for entry in inputs):
             # YOLOS' image processor makes a mask that its model does not take, but tolerates.
             arguments["pixel_mask"] = torch.cat([entry["pixel_mask"] for entry in inputs]).to(parameter.device)
-        outputs = self.model(**arguments)
+        with torch.inference_mode():
+            outputs = self.model(**arguments)
         logits, centres = outputs.get("logits"), outputs.get("pred_boxes")
         if logits is None or centres is None:
             raise ValueError(
                 f"The detector (model_type {self.model.config.model_type!r}) returned {sorted(outputs)}, expected "
                 "'logits' and 'pred_boxes' as from a detection transformer. Use one of the DETR, YOLOS or D-FINE kind."
             )
-        logits, centres = logits.float().cpu(), centres.float().cpu()
+        # Copied outside inference mode, so that anything may be done with what comes of them.
+        logits, centres = (values.to("cpu", torch.float32, copy=True) for values in (logits, centres))
         for name, values in (("logits", logits), ("pred_boxes", centres)):
             if values.isnan().any():
                 raise ValueError(

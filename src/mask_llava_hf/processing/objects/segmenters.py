@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, EdgeTamModel, PreTrainedModel, Sam2Model, SamModel
@@ -108,7 +109,6 @@ class _BoxSegmenter:
         self.image_batch_size = image_batch_size or (1 if device.type == "cpu" else 4)
         self.box_chunk_size = box_chunk_size
 
-    @torch.inference_mode()
     def segment(self, images: Sequence[Image.Image], boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """See `Segmenter.segment`."""
         if len(images) != len(boxes):
@@ -122,11 +122,17 @@ class _BoxSegmenter:
         ]
         to_encode = [index for index, image_boxes in enumerate(boxes) if len(image_boxes)]
         for start in range(0, len(to_encode), self.image_batch_size):
-            batch = to_encode[start : start + self.image_batch_size]
-            resized_hw, embeddings = self._encode([images[index] for index in batch])
-            for row, index in enumerate(batch):
-                self._segment_one(row, resized_hw[row], embeddings, boxes[index], masks[index])
+            self._segment_batch(to_encode[start : start + self.image_batch_size], images, boxes, masks)
         return masks
+
+    @torch.inference_mode()
+    def _segment_batch(
+        self, batch: list[int], images: Sequence[Image.Image], boxes: Sequence[torch.Tensor], masks: list[torch.Tensor]
+    ) -> None:
+        """Fills `masks` of the images in `batch`; made outside inference mode, they may be used in any way."""
+        resized_hw, embeddings = self._encode([images[index] for index in batch])
+        for row, index in enumerate(batch):
+            self._segment_one(row, resized_hw[row], embeddings, boxes[index], masks[index])
 
     def _segment_one(
         self, row: int, resized_hw: tuple[int, int], embeddings: Any, boxes: torch.Tensor, masks: torch.Tensor
@@ -234,8 +240,6 @@ class SegmentAnythingSegmenter(_BoxSegmenter):
         self.resize = ResizeLongestSide(model.image_encoder.img_size)
 
     def _encode(self, images: list[Image.Image]) -> tuple[list[tuple[int, int]], torch.Tensor]:
-        import numpy as np
-
         resized = [torch.from_numpy(self.resize.apply_image(np.array(image.convert("RGB")))) for image in images]
         resized = [image.permute(2, 0, 1).to(self.device) for image in resized]  # (3, h, w) uint8
         pixel_values = torch.stack([self.model.preprocess(image) for image in resized])
