@@ -1,8 +1,8 @@
 """Small models with random weights, for tests, the demo and users' own continuous integration. Nothing is downloaded.
 
 Every part is real (the same classes, the same file formats), only tiny and untrained: a whole chain from photograph to
-answer runs in about a second on a CPU, and its answer is noise. Weights depend on `seed` alone: not on the state of the
-global random generator, which is left as it was, nor on the default device or dtype.
+answer takes well under a second on a CPU, and its answer is noise. Weights depend on `seed` alone, not on the default
+device or dtype nor on the state of the global random generators, which are left as they were.
 """
 
 import os
@@ -43,8 +43,9 @@ from .modeling.configuration_mask_llava import MaskLlavaConfig
 from .modeling.modeling_mask_llava import MaskLlavaForConditionalGeneration
 
 
-# Vicuna v1 as LLaVA-1.5 uses it: a turn's images come before its text. The end token belongs to the answer, so that a
-# model finetuned on the `generation` spans learns to stop.
+# Vicuna v1 as LLaVA-1.5 uses it: a turn's images come before its text. The blank before an answer belongs to it, since
+# tokenizers join it to the first word and the generation prompt ends before it; so does the end token, so that a model
+# finetuned on the `generation` spans learns to stop.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% set content = message['content'] %}"
@@ -53,7 +54,7 @@ CHAT_TEMPLATE = (
     "{% endif %}"
     "{% if message['role'] == 'system' %}{{ text + ' ' }}"
     "{% elif message['role'] == 'assistant' %}"
-    "{{ 'ASSISTANT: ' }}{% generation %}{{ text + eos_token }}{% endgeneration %}"
+    "{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + text + eos_token }}{% endgeneration %}"
     "{% else %}"
     "{{ message['role'].upper() + ': ' }}"
     "{% if content is not string %}"
@@ -275,7 +276,6 @@ def tiny_segmenter(kind: SegmenterKind = "sam", *, seed: int = 0) -> tuple[PreTr
     """A segmenter and its processor. The mask of a box is about the box, with an outline that wavers with the image.
 
     The image encoder is random; the mask decoder is set by hand.
-
 
     Args:
         kind: "sam" or "sam2".

@@ -200,7 +200,7 @@ def test_closed_form_matches_the_plain_autograd_twin(tower_kwargs, settings, mas
     projection = tower.visual_projection if tower_kwargs.get("with_projection") else None
     hidden_states, masks = make_hidden_states(), make_masks(*mask_hw).float()
     masks[:, 1] *= torch.linspace(0.1, 0.9, mask_hw[1])  # a soft mask
-    settings = {"iterations": 4, **settings}
+    settings = {"iterations": 4, "lr": 0.1, **settings}
     output = invert_masks(
         tower,
         hidden_states,

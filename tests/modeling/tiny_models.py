@@ -32,8 +32,14 @@ TEXT = {
 
 
 def make_config(**overrides) -> MaskLlavaConfig:
-    values = {"patch_grid_size": 3, "max_object_tokens": NUM_OBJECTS, "image_token_index": IMAGE}
-    return MaskLlavaConfig(vision_config=dict(VISION), text_config=dict(TEXT), **{**values, **overrides})
+    values = {
+        "vision_config": dict(VISION),
+        "text_config": dict(TEXT),
+        "patch_grid_size": 3,
+        "max_object_tokens": NUM_OBJECTS,
+        "image_token_index": IMAGE,
+    }
+    return MaskLlavaConfig(**{**values, **overrides})
 
 
 def make_model(seed: int = 0, **overrides) -> MaskLlavaForConditionalGeneration:

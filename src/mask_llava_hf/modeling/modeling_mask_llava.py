@@ -58,6 +58,13 @@ class MaskLlavaPreTrainedModel(LlavaPreTrainedModel):
     config: MaskLlavaConfig
     config_class = MaskLlavaConfig
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Initialising outside code, Transformers passes over modules without parameters of their own, so that a tower
+        # missing from a checkpoint would not get CLIP's initial values. It protects models that fill weights in place;
+        # this one leaves all initialisation to the library's classes.
+        return cls.is_remote_code()
+
 
 class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
     """The vision tower, the projector and the language model, without a head.
