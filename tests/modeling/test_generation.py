@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import IMAGE, NUM_OBJECTS, batch, cut_by_hand, make_model, prompt, single
+from tiny_models import IMAGE, NUM_OBJECTS, VISION, batch, cut_by_hand, make_model, prompt, single
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -286,3 +286,22 @@ def test_continuous_batching_refuses_images(model):
         model.generate(**single(), **NEW, cache_implementation="paged")
     with pytest.raises(ValueError, match="generate_batch"):
         model.generate_batch(inputs=[[5, IMAGE, 6]])
+
+
+def test_published_budgets_have_their_published_prefill():
+    """1 + 36 + 20 tokens from a 24 x 24 grid, as LLaVA-1.5's tower has it."""
+    vision = {**VISION, "image_size": 48, "patch_size": 2}
+    model = make_model(vision_config=vision, patch_grid_size=6, max_object_tokens=20)
+    inputs = {
+        **prompt([[5, (57,), 7, 8]]),
+        "pixel_values": torch.randn(1, 3, 48, 48),
+        "object_embeds": torch.randn(1, 20, 32),
+        "object_counts": torch.tensor([20]),
+    }
+    knobs = [{"max_visual_tokens": n} for n in (57, 42, 29, 15)] + [{"max_object_tokens": n} for n in (20, 5, 0)]
+    lengths = []
+    for knob in knobs:
+        with prefill_lengths(model) as seen:
+            model.generate(**inputs, **NEW, **knob)
+        lengths.append(seen[0] - 3)  # 3 text tokens
+    assert lengths == [57, 42, 29, 15, 57, 42, 37]
