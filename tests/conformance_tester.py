@@ -183,6 +183,10 @@ class Tester:
 
 class ModelInversionTester(Tester):
     mask_inversion = "model"
+    skip = {
+        "contract::test_forward_traces_as_one_graph": "which masks are empty decides what MaskInversion computes, so "
+        "making embeddings inside the model does not trace; `Tester` checks the graph with embeddings"
+    }
 
     def object_inputs(self, generator):
         masks = torch.rand(self.batch_size, NUM_OBJECTS, self.image_size, self.image_size, generator=generator) > 0.5

@@ -1,9 +1,8 @@
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, LlavaConfig
 
-from mask_llava_hf import MaskLlavaConfig
-from mask_llava_hf.modeling.configuration_mask_llava import MaskLlavaConfig as SameClass
+from mask_llava_hf import MaskLlavaConfig, MaskLlavaForConditionalGeneration, MaskLlavaModel
 
 
 def test_defaults_are_llava_7b_with_57_tokens():
@@ -14,7 +13,6 @@ def test_defaults_are_llava_7b_with_57_tokens():
     assert (config.use_cls_token, config.patch_grid_size, config.max_object_tokens) == (True, 6, 20)
     assert config.image_seq_length == 57
     assert config.mask_inversion == {"iterations": 10, "lr": 0.5, "alpha": 0.0, "weight_decay": 0.0}
-    assert SameClass is MaskLlavaConfig
 
 
 def test_partial_mask_inversion_settings_are_completed_and_survive_saving(tmp_path):
@@ -60,9 +58,8 @@ def test_projector_types(name, layers):
     assert config.num_projector_layers == layers
 
 
-def test_a_plain_llava_config_is_refused_and_the_converter_named(tmp_path):
-    from transformers import LlavaConfig
-
+@pytest.mark.parametrize("loader", [MaskLlavaConfig, MaskLlavaModel, MaskLlavaForConditionalGeneration])
+def test_a_plain_llava_checkpoint_is_refused_and_the_converter_named(tmp_path, loader):
     LlavaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r'model_type "llava".*convert'):
-        MaskLlavaConfig.from_pretrained(tmp_path)
+        loader.from_pretrained(tmp_path)
