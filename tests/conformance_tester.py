@@ -17,8 +17,8 @@ from mask_llava_hf import (
     MaskLlavaModel,
     MaskLlavaProcessor,
 )
-from mask_llava_hf.processing.mask_embedder import fingerprint_settings
 from mask_llava_hf.processing.object_settings import ObjectSettings
+from mask_llava_hf.processing.vision_towers import fingerprint_settings
 from mask_llava_hf.testing import CHAT_TEMPLATE, tiny_tokenizer
 
 
@@ -169,7 +169,7 @@ class Tester:
             scores=torch.ones(NUM_OBJECTS),
             image_hw=(image.height, image.width),
             embeddings=torch.randn(NUM_OBJECTS, 32, generator=generator),
-            embedding_fingerprint=fingerprint_settings(cls.make_config()),
+            embedding_fingerprint=fingerprint_settings(cls.make_config(), cls.make_image_processor()),
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from mask_llava_hf import ImageObjects, MaskLlavaProcessor
 from mask_llava_hf.processing import object_parts, part_sources
 from mask_llava_hf.processing.object_settings import ObjectSettings
+from mask_llava_hf.processing.objects.detectors import ObjectDetector
 from mask_llava_hf.testing import CHAT_TEMPLATE, build_tiny_checkpoint, tiny_image_processor, tiny_tokenizer
 
 
@@ -57,10 +58,10 @@ def loads(monkeypatch):
     """Which parts are loaded from now on."""
     seen: list[str] = []
     monkeypatch.setattr(part_sources, "_parts", {})
-    for name, load in list(object_parts._LOADERS.items()):
-        monkeypatch.setitem(
-            object_parts._LOADERS, name, lambda *a, _n=name, _l=load, **k: seen.append(_n) or _l(*a, **k)
-        )
+    detect, segment, read = ObjectDetector.from_pretrained, object_parts.load_segmenter, object_parts.read_tower
+    monkeypatch.setattr(ObjectDetector, "from_pretrained", lambda *a, **k: seen.append("detector") or detect(*a, **k))
+    monkeypatch.setattr(object_parts, "load_segmenter", lambda *a, **k: seen.append("segmenter") or segment(*a, **k))
+    monkeypatch.setattr(object_parts, "read_tower", lambda *a, **k: seen.append("vision_tower") or read(*a, **k))
     return seen
 
 
@@ -339,9 +340,17 @@ def test_chats_carry_objects_in_their_image_blocks(processor):
 
 def test_pipeline_with_fewer_objects(tiny_checkpoint):
     pipe = pipeline("image-text-to-text", model=str(tiny_checkpoint), device="cpu")
+    lengths = []
+    pipe.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    prefills = []
     for options in ({}, {"generate_kwargs": {"max_object_tokens": 1}}, {"max_object_tokens": 0}):
+        lengths.clear()
         out = pipe(text=chat(picture(0)), max_new_tokens=3, **options)
         assert out[0]["generated_text"][-1]["role"] == "assistant"
+        prefills.append(lengths[0])
+    assert prefills[0] - prefills[1] == 19 and prefills[1] - prefills[2] == 1
 
 
 # ------------------------------------------------------------------------------------------- loading, saving, sharing
@@ -357,9 +366,11 @@ def test_saving_takes_relative_parts_along(processor, tmp_path):
     assert torch.equal(again.find_objects(picture(0))[0].boxes_xyxy, expected.boxes_xyxy)
     again.save_pretrained(tmp_path / "a")  # in place
     shutil.rmtree(tmp_path / "a/detector")
-    with pytest.raises(ValueError, match="no './detector'"):
-        AutoProcessor.from_pretrained(tmp_path / "a").find_objects(picture(0))
-    with pytest.raises(ValueError, match="no './detector'"):
+    again.unload()
+    again.share_vision_tower(model)
+    with pytest.raises(ValueError, match="There is no .*a/detector'"):
+        again.find_objects(picture(0))
+    with pytest.raises(ValueError, match="There is no .*a/detector'"):
         again.save_pretrained(tmp_path / "b")
 
 
@@ -381,9 +392,9 @@ def test_parts_are_loaded_once_and_shared(tiny_checkpoint, loads):
         processor(images=picture(0), text=TEXT)
     assert sorted(loads) == ["detector", "segmenter", "vision_tower"]
     second.unload()
-    assert not part_sources._parts
+    assert {key[0] for key in part_sources._parts} == {"tower place"}  # no more than where the tower is
     first.to(dtype=torch.bfloat16)(images=picture(0), text=TEXT)
-    assert {key[3] for key in part_sources._parts} == {torch.bfloat16}
+    assert {key[3] for key in part_sources._parts if key[2] is not None} == {torch.bfloat16}
 
 
 def test_copies_and_print_hold_no_model(processor):
@@ -432,10 +443,15 @@ def test_a_shared_tower_is_used_and_not_kept_alive(tiny_checkpoint, loads):
 def test_a_peft_model_shares_its_tower(tiny_checkpoint):
     from peft import LoraConfig, get_peft_model
 
+    call = {"images": picture(0), "text": TEXT, "boxes": BOXES, "return_tensors": "pt"}
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
+    own = processor(**call)["object_embeds"]
     model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.mul_(2)
     wrapped = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*\.q_proj"))
-    processor = AutoProcessor.from_pretrained(tiny_checkpoint).share_vision_tower(wrapped)
-    assert processor(images=picture(0), text=TEXT, boxes=BOXES)["object_counts"].tolist() == [3]
+    shared = processor.share_vision_tower(wrapped)(**call)["object_embeds"]
+    assert (shared - own).abs().max() > 0.1
 
 
 def test_places_the_tower_is_found_in(tiny_checkpoint, in_memory, tmp_path, loads):

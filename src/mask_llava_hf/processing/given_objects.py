@@ -44,11 +44,14 @@ def given_objects(
                 "different ways and could contradict each other: give one per image, None for the others."
             )
         image_hw = (picture.height, picture.width)
-        found.append(next((_build(name, entry, image_hw, index) for name, entry in given.items()), None))
+        try:
+            found.append(next((_build(name, entry, image_hw) for name, entry in given.items()), None))
+        except ValueError as error:
+            raise ValueError(f"Image {index}, `{next(iter(given))}`: {error}") from error
     return found
 
 
-def _build(name: str, entry: Any, image_hw: tuple[int, int], index: int) -> ImageObjects:
+def _build(name: str, entry: Any, image_hw: tuple[int, int]) -> ImageObjects:
     if not isinstance(entry, ImageObjects) and len(entry) == 0:
         return ImageObjects.empty(image_hw)
     if name == "boxes":
@@ -58,9 +61,9 @@ def _build(name: str, entry: Any, image_hw: tuple[int, int], index: int) -> Imag
     objects = entry if isinstance(entry, ImageObjects) else ImageObjects.from_dict(entry)
     if tuple(objects.image_hw) != image_hw:
         raise ValueError(
-            f"`objects` of image {index} belong to an image of {objects.image_hw[0]} x {objects.image_hw[1]} (height x "
-            f"width), but this one is {image_hw[0]} x {image_hw[1]} when upright. Their boxes and masks would lie in "
-            "the wrong places; pass the objects of this image, in the same order as the images."
+            f"these objects belong to an image of {objects.image_hw[0]} x {objects.image_hw[1]} (height x width), but "
+            f"this one is {image_hw[0]} x {image_hw[1]} when upright. Their boxes and masks would lie in the wrong "
+            "places; pass the objects of this image, in the same order as the images."
         )
     return objects
 
@@ -68,6 +71,7 @@ def _build(name: str, entry: Any, image_hw: tuple[int, int], index: int) -> Imag
 def _entries_per_image(
     name: str, value: Any, is_entry: Callable[[Any], bool], num_images: int, nesting: list[int] | None
 ) -> list[Any]:
+    value = _from_columns(value)
     if value is None:
         return [None] * num_images
     if num_images == 1 and (is_entry(value) or _is_empty(value)):
@@ -82,8 +86,12 @@ def _entries_per_image(
 
     if fits(value, num_images):
         return list(value)
-    if nesting is not None and isinstance(value, list | tuple) and len(value) == len(nesting):
-        rows = [[None] * count if row is None else row for row, count in zip(value, nesting, strict=True)]
+    if nesting is not None and isinstance(value, list) and len(value) == len(nesting):
+        # As for the whole call, None says nothing of a row, and a row with one image may drop its list
+        rows = [
+            [None] * count if row is None else [row] if count == 1 and (is_entry(row) or _is_empty(row)) else row
+            for row, count in zip(value, nesting, strict=True)
+        ]
         if all(fits(row, count) for row, count in zip(rows, nesting, strict=True)):
             return [entry for row in rows for entry in row]
     expected = {
@@ -98,6 +106,21 @@ def _entries_per_image(
     )
 
 
+def says_nothing(value: Any) -> bool:
+    """Whether objects are given for no image at all: None, or lists of nothing."""
+    value = _from_columns(value)
+    return value is None or (isinstance(value, list) and all(says_nothing(entry) for entry in value))
+
+
+def _from_columns(value: Any) -> Any:
+    """The same layout in lists, whatever sequences a dataset gave, and None where it stores a dict of None."""
+    if isinstance(value, Mapping):
+        return None if all(entry is None for entry in value.values()) else value
+    if isinstance(value, ImageObjects | str) or not isinstance(value, Sequence):
+        return value
+    return [_from_columns(entry) for entry in value]
+
+
 def _is_nested(images: Any) -> bool:
     return isinstance(images, list | tuple) and all(isinstance(row, list | tuple) for row in images)
 
@@ -110,7 +133,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     """The shape of an array, a tensor, or nested lists of numbers; None where there is none."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return tuple(value.shape)
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         if not value or isinstance(value[0], Mapping | ImageObjects | str):
             return None
         inner = [_shape(item) for item in value]
@@ -124,21 +147,21 @@ def _is_boxes(value: Any) -> bool:
 
 
 def _is_masks(value: Any) -> bool:
-    if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         return all("counts" in item and "size" in item for item in value)
     shape = _shape(value)
     return shape is not None and len(shape) == 3
 
 
 def _is_objects(value: Any) -> bool:
-    return isinstance(value, ImageObjects) or (isinstance(value, Mapping) and "boxes_xyxy" in value)
+    return isinstance(value, ImageObjects) or (isinstance(value, Mapping) and value.get("boxes_xyxy") is not None)
 
 
 def _describe(value: Any) -> str:
     shape = _shape(value)
     if shape is not None:
         return f"{type(value).__name__} of shape {shape}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         inner = [str(_shape(item)) if _shape(item) is not None else type(item).__name__ for item in value[:3]]
         return f"a {type(value).__name__} of {len(value)}: {', '.join(inner)}{', ...' if len(value) > 3 else ''}"
     return f"a {type(value).__name__}"

@@ -1,31 +1,40 @@
 """The heavy parts of one processor: found by its settings, loaded when first needed, shared through the part cache."""
 
+import contextlib
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..modeling.configuration_mask_llava import MaskLlavaConfig
 from ..modeling.modeling_mask_llava import MaskLlavaModel
-from .mask_embedder import MaskEmbedder, fingerprint_settings, load_mask_embedder, read_model_config
+from .mask_embedder import MaskEmbedder
 from .object_settings import ObjectSettings
 from .objects.detectors import ObjectDetector
 from .objects.image_objects import ImageObjects
-from .objects.segmenters import load_segmenter
-from .part_sources import PartSource, default_device, load_part, loaded_part, resolve_source, unload_parts
+from .objects.segmenters import Segmenter, load_segmenter
+from .part_sources import (
+    PartSource,
+    concrete_device,
+    is_relative,
+    load_part,
+    loaded_part,
+    refuse_in_worker,
+    source_of,
+    unload_parts,
+)
+from .vision_towers import find_tower, fingerprint_settings, fingerprint_weights, read_model_config, read_tower
 
+
+logger = logging.get_logger(__name__)
 
 PART_NAMES = ("detector", "segmenter", "vision_tower")
 
-_LOADERS: dict[str, Callable[..., Any]] = {
-    "detector": ObjectDetector.from_pretrained,
-    "segmenter": load_segmenter,
-    "vision_tower": load_mask_embedder,
-}
 _MENDS = {
     "detector": "so no objects can be found. Name a detector (any object-detection model of Transformers), or give "
     "`boxes`, `masks` or `objects`.",
@@ -77,74 +86,118 @@ class ObjectParts:
     shared_model_key: str | None = None
 
     def detector(self) -> ObjectDetector:
-        return self._load("detector")
+        return self._load("detector", ObjectDetector.from_pretrained)
 
-    def segmenter(self) -> Any:
-        return self._load("segmenter")
+    def segmenter(self) -> Segmenter:
+        return self._load("segmenter", load_segmenter)
 
     def mask_embedder(self) -> MaskEmbedder:
         """The tower that embeds masks: a shared one, the one the settings name, or the checkpoint's own."""
+        refuse_in_worker("vision_tower")
         shared = self._shared_model()
         if shared is not None:
             return MaskEmbedder(_tower(shared), shared.config)
-        return self._load("vision_tower", settings_from=self._embedding_config())
+        source, config = self._find_tower()
+        device, dtype = concrete_device(self.device), self.dtype
+        tower = load_part("vision_tower", source, lambda found: read_tower(found, device, dtype), device, dtype)
+        return MaskEmbedder(tower, config)
+
+    def require_tower(self) -> None:
+        """Fails now, before other parts have worked in vain, if no tower can be found. Nothing is loaded."""
+        refuse_in_worker("vision_tower")
+        if self._shared_model() is None:
+            self._find_tower()
 
     def unload(self) -> None:
+        """Forgets what is loaded of these parts; nothing is looked for."""
         for name in PART_NAMES:
+            if is_relative(getattr(self.settings, name)) and self.checkpoint is None:
+                continue
             source = self._source(name)
+            if source is not None and name == "vision_tower":
+                source, _ = loaded_part("tower place", source, None, None) or (None, None)
             if source is not None:
                 unload_parts(name, source)
 
-    def check_fingerprint(self, objects: ImageObjects, image: int) -> None:
-        """Checks that stored embeddings were made as this processor would make them.
+    def fingerprint(self, image_processor: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """What embeddings made now depend on, as far as it is known.
 
-        The tower's weights are compared when this processor has it loaded; otherwise the settings alone are.
-
-        Raises:
-            ValueError: names the first field that differs, with both values.
+        The tower's hash is missing where the tower is not loaded, and the method's settings where no checkpoint tells
+        them.
         """
-        expected = self._expected_fingerprint()
-        found = objects.embedding_fingerprint
-        for name in sorted({*expected, *(found if isinstance(found, dict) else {})}):
-            if name not in expected and name == "vision_tower":
-                continue
-            stored = found.get(name) if isinstance(found, dict) else found
-            if stored != expected.get(name):
-                raise ValueError(
-                    f"The embeddings in `objects` of image {image} were made with {name}={stored!r}, but this "
-                    f"processor makes them with {expected.get(name)!r}. The model would read them as something else. "
-                    "Make them again with `find_objects`, or drop them: `dataclasses.replace(objects, "
-                    "embeddings=None, embedding_fingerprint=None)`."
-                )
+        shared = self._shared_model()
+        tower, config = (None, None) if shared is None else (_tower(shared), shared.config)
+        if shared is None:
+            with contextlib.suppress(ValueError):  # stored embeddings do for a processor that knows no tower
+                source, config = self._find_tower()
+                tower = loaded_part("vision_tower", source, concrete_device(self.device), self.dtype)
+        fingerprint = fingerprint_settings(config, image_processor, overrides)
+        in_worker = torch.utils.data.get_worker_info() is not None  # where a shared tower may be out of reach
+        return (
+            fingerprint if tower is None or in_worker else {"vision_tower": fingerprint_weights(tower), **fingerprint}
+        )
 
-    def _expected_fingerprint(self) -> dict[str, Any]:
-        shared, source = self._shared_model(), self._source("vision_tower")
-        if shared is not None:
-            return MaskEmbedder(_tower(shared), shared.config).fingerprint
-        embedder = loaded_part("vision_tower", source, self._device(), self.dtype) if source is not None else None
-        return embedder.fingerprint if embedder else fingerprint_settings(self._embedding_config())
-
-    def _embedding_config(self) -> MaskLlavaConfig:
-        beside = read_model_config(self.checkpoint) if self.checkpoint is not None else None
-        return beside or MaskLlavaConfig()
+    def _find_tower(self) -> tuple[PartSource, MaskLlavaConfig]:
+        """Where the tower is, and the config to embed with; both without loading weights."""
+        source = self._source("vision_tower")
+        if source is None:
+            raise ValueError(f'`object_settings["vision_tower"]` is None, {_MENDS["vision_tower"]}')
+        place, config = load_part("tower place", source, find_tower)
+        if config is None and self.checkpoint is not None:  # a bare tower
+            config = load_part("model config", self.checkpoint, read_model_config)
+        return place, config or MaskLlavaConfig()
 
     def _shared_model(self) -> MaskLlavaModel | None:
-        return None if self.shared_model_key is None else _shared_models.get(self.shared_model_key)
-
-    def _device(self) -> torch.device:
-        return self.device if self.device is not None else default_device()
+        if self.shared_model_key is None:
+            return None
+        model = _shared_models.get(self.shared_model_key)
+        if model is None:
+            logger.warning_once(
+                "The model whose vision tower was shared with this processor is gone (or in another process); the "
+                "checkpoint's own tower makes the embeddings instead, which may have other weights."
+            )
+        return model
 
     def _source(self, name: str) -> PartSource | None:
         setting = getattr(self.settings, name)
         if setting is not None:
-            return resolve_source(setting, self.checkpoint)
+            return source_of(setting, self.checkpoint)
         return self.checkpoint if name == "vision_tower" else None
 
-    def _load(self, name: str, **options: Any) -> Any:
+    def _load(self, name: str, load: Any) -> Any:
         source = self._source(name)
         if source is None:
             raise ValueError(f'`object_settings["{name}"]` is None, {_MENDS[name]}')
-        return load_part(name, source, self._device(), self.dtype, _LOADERS[name], **options)
+        refuse_in_worker(name)
+        device, dtype = concrete_device(self.device), self.dtype
+        return load_part(
+            name,
+            source,
+            lambda found: load(found.location, revision=found.revision, device=device, dtype=dtype),
+            device,
+            dtype,
+        )
+
+
+def check_fingerprint(objects: ImageObjects, expected: Mapping[str, Any], image: int) -> None:
+    """Checks that stored embeddings were made as this processor would make them.
+
+    Args:
+        expected: of `ObjectParts.fingerprint`; what is not known there is not compared.
+
+    Raises:
+        ValueError: names the first field that differs, with both values.
+    """
+    found = objects.embedding_fingerprint
+    stored = found if isinstance(found, dict) else {"embedding_fingerprint": found}
+    for name in sorted(expected):
+        if stored.get(name) != expected.get(name):
+            raise ValueError(
+                f"The embeddings in `objects` of image {image} were made with {name}={stored.get(name)!r}, but this "
+                f"processor makes them with {expected.get(name)!r}. The model would read them as something else. "
+                "Make them again with `find_objects`, or drop them: `dataclasses.replace(objects, embeddings=None, "
+                "embedding_fingerprint=None)`."
+            )
 
 
 def _tower(model: MaskLlavaModel) -> PreTrainedModel:

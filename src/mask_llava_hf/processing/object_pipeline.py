@@ -10,13 +10,16 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .geometry import SquareFrame
-from .object_parts import ObjectParts
+from .object_parts import ObjectParts, check_fingerprint
 from .object_settings import ObjectSettings
 from .objects.image_objects import ImageObjects
 from .objects.nested_order import Order, keep_order
 
 
 logger = logging.get_logger(__name__)
+
+# Images whose masks are in memory at once: fifty candidates of a 12-megapixel photograph take 600 MB.
+IMAGES_PER_STEP = 4
 
 
 def find_objects_in(
@@ -34,7 +37,8 @@ def find_objects_in(
         cap: the most objects per picture.
     """
     found = [
-        ImageObjects.empty((p.height, p.width)) if o is None else o[:cap] for p, o in zip(pictures, given, strict=True)
+        ImageObjects.empty((picture.height, picture.width)) if objects is None else objects[:cap]
+        for picture, objects in zip(pictures, given, strict=True)
     ]
     to_detect = [index for index, objects in enumerate(given) if objects is None] if cap else []
     if to_detect and settings.detector is None:
@@ -54,12 +58,39 @@ def find_objects_in(
     if settings.order == "mask_iou":
         for index in to_detect:
             found[index] = _first(found[index], settings.order, cap)
-    if to_detect and not any(len(found[index]) for index in to_detect):
+    num_bare = sum(len(found[index]) == 0 for index in to_detect)
+    if to_detect and num_bare == len(to_detect):
         logger.warning_once(
-            f"No objects were found in {len(to_detect)} image(s) at `score_threshold`={settings.score_threshold}; they "
-            "get CLS and patch tokens only."
+            f"No objects were found in {num_bare} image(s) at `score_threshold`={settings.score_threshold}; they get "
+            "CLS and patch tokens only."
         )
     return found
+
+
+def find_objects_in_steps(
+    pictures: Sequence[Image.Image],
+    given: Sequence[ImageObjects | None],
+    cap: int,
+    settings: ObjectSettings,
+    parts: ObjectParts,
+    image_processor: Any,
+    overrides: Mapping[str, Any],
+    keep_masks: bool,
+) -> tuple[list[ImageObjects], list[Tensor | None]]:
+    """`find_objects_in` and `masks_in_frame`, a few images at a time.
+
+    Args:
+        keep_masks: whether the objects keep their masks at the size of the image, which can be very large.
+    """
+    found: list[ImageObjects] = []
+    framed: list[Tensor | None] = []
+    for start in range(0, len(pictures), IMAGES_PER_STEP):
+        step = slice(start, start + IMAGES_PER_STEP)
+        objects = find_objects_in(pictures[step], given[step], cap, settings, parts)
+        masks, objects = masks_in_frame(objects, settings, image_processor, overrides)
+        framed += masks
+        found += objects if keep_masks else [replace(entry, masks=None) for entry in objects]
+    return found, framed
 
 
 def masks_in_frame(
@@ -75,7 +106,7 @@ def masks_in_frame(
     """
     masks: list[Tensor | None] = []
     left: list[ImageObjects] = []
-    dropped = 0
+    num_dropped = 0
     for objects in found:
         if objects.masks is None or _needs_no_masks(objects, settings):
             masks.append(None)
@@ -84,12 +115,12 @@ def masks_in_frame(
         frame = SquareFrame.from_image_processor(image_processor, objects.image_hw, **overrides)
         framed = frame.transform_masks(objects.masks)
         visible = framed.flatten(1).any(1)
-        dropped += int((~visible).sum())
+        num_dropped += int((~visible).sum())
         masks.append(framed[visible])
-        left.append(objects[visible.nonzero().flatten()])
-    if dropped:
+        left.append(_where(objects, visible))
+    if num_dropped:
         logger.warning(
-            f"{dropped} of {sum(map(len, found))} objects have no pixel in the part of their image that the vision "
+            f"{num_dropped} of {sum(map(len, found))} objects have no pixel in the part of their image that the vision "
             "tower sees, and give no token."
         )
     return masks, left
@@ -126,31 +157,34 @@ def stack_embeddings(found: Sequence[ImageObjects], num_slots: int, embed_size: 
 
 
 def with_embeddings(
-    found: Sequence[ImageObjects], masks: Sequence[Tensor | None], pixel_values: Tensor, parts: ObjectParts
+    found: Sequence[ImageObjects],
+    masks: Sequence[Tensor | None],
+    pixel_values: Tensor,
+    parts: ObjectParts,
+    image_processor: Any,
+    overrides: Mapping[str, Any],
 ) -> list[ImageObjects]:
-    """Objects with embeddings: stored ones after a check of their fingerprint, the others made in one tower pass.
+    """Objects with embeddings: stored ones after a check of their fingerprint, the others made now.
 
     Args:
         masks: per image (n, S, S) bool in the tower's frame, or None where the objects already have embeddings.
         pixel_values: (I, 3, S, S).
+        overrides: the call's arguments to the image processor.
     """
     result = list(found)
-    missing = []
-    for index, objects in enumerate(found):
-        if objects.embeddings is not None and len(objects):
-            parts.check_fingerprint(objects, index)
-        elif len(objects):
-            missing.append(index)
+    stored = [index for index, objects in enumerate(found) if len(objects) and objects.embeddings is not None]
+    missing = [index for index, objects in enumerate(found) if len(objects) and objects.embeddings is None]
+    embeddings = None
     if missing:
-        embedder = parts.mask_embedder()
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         slots = stack_masks([masks[index] for index in missing], max(len(found[i]) for i in missing), size)
-        embeddings = embedder.embed(pixel_values[missing], slots.bool())
-        fingerprint = embedder.fingerprint
-        for index, rows in zip(missing, embeddings, strict=True):
-            result[index] = replace(
-                found[index], embeddings=rows[: len(found[index])], embedding_fingerprint=fingerprint
-            )
+        embeddings = parts.mask_embedder().embed(pixel_values[missing], slots.bool())
+    if stored or missing:
+        fingerprint = parts.fingerprint(image_processor, overrides)
+    for index in stored:
+        check_fingerprint(found[index], fingerprint, index)
+    for index, rows in zip(missing, embeddings if embeddings is not None else (), strict=True):
+        result[index] = replace(found[index], embeddings=rows[: len(found[index])], embedding_fingerprint=fingerprint)
     return result
 
 
@@ -178,6 +212,11 @@ def _first(objects: ImageObjects, order: Order, cap: int) -> ImageObjects:
     return objects[keep_order(objects, order)[:cap]] if len(objects) else objects
 
 
+def _where(objects: ImageObjects, wanted: Tensor) -> ImageObjects:
+    """The objects where `wanted` (n,) is True; the same value where that is all, as masks are large to copy."""
+    return objects if wanted.all() else objects[wanted]
+
+
 def _needs_no_masks(objects: ImageObjects, settings: ObjectSettings) -> bool:
     return settings.mask_inversion == "processor" and objects.embeddings is not None
 
@@ -203,7 +242,7 @@ def _with_masks(
     num_empty = 0
     for index, image_masks in zip(missing, masks, strict=True):
         filled = image_masks.flatten(1).any(1)
-        result[index] = found[index].with_masks(image_masks)[filled]
+        result[index] = _where(found[index].with_masks(image_masks), filled)
         num_empty += int((~filled).sum())
     if num_empty:
         logger.warning(

@@ -28,6 +28,13 @@ def _source(name: str, value: Any) -> None:
             f"`object_settings[{name!r}]` must be a Hub id (optionally `id@revision`), a path, `./folder` inside the "
             f"checkpoint, or None, got {value!r}. A loaded model cannot be saved as JSON; name where it comes from."
         )
+    if value is not None and value.startswith("./"):
+        inside = value[2:].split("/")
+        if not all(inside) or set(inside) & {".", ".."}:
+            raise ValueError(
+                f"`object_settings[{name!r}]` is {value!r}, expected `./folder` inside the checkpoint, without `.` or "
+                "`..`: saving copies the part, and would overwrite what is not its own."
+            )
 
 
 def _boolean(name: str, value: Any) -> None:

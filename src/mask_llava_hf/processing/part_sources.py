@@ -1,8 +1,8 @@
-"""Where a processor's heavy parts come from, and one cache for all that are loaded.
+"""Where a processor's parts come from, and one cache for all that are loaded.
 
 Parts (detector, segmenter, vision tower) are models. They are not kept on the processor, which is saved as JSON,
-printed, copied and sent to other processes, but here: once per source, revision, device and dtype, shared by all
-processors of the process.
+printed, copied and sent to other processes, but here: once per place, device and dtype, shared by all processors of the
+process, and loaded anew when their files have changed.
 """
 
 import os
@@ -18,15 +18,29 @@ import torch
 from huggingface_hub import snapshot_download
 
 
+# What a part is made of; other files in its folder may change without it changing.
+_PART_FILES = (".safetensors", ".bin", ".pth", ".json")
+
+
 @dataclass(frozen=True)
 class PartSource:
-    """A Hub repository at a revision, or a local path (then without revision)."""
+    """A Hub repository at a revision, or a local path (absolute, without revision)."""
 
     location: str
     revision: str | None = None
 
+    @classmethod
+    def of(cls, location: str, revision: str | None = None) -> "PartSource":
+        """Local paths become absolute, so that they keep their meaning when the working directory changes."""
+        return cls(os.path.realpath(location)) if os.path.exists(location) else cls(location, revision)
 
-_parts: dict[tuple[str, PartSource, torch.device, torch.dtype | None], Any] = {}
+    @property
+    def is_local(self) -> bool:
+        return os.path.isabs(self.location)
+
+
+_Key = tuple[str, PartSource, torch.device | None, torch.dtype | None]
+_parts: dict[_Key, tuple[Any, Any]] = {}  # values: the state of the files, and the part
 _parts_lock = threading.RLock()
 
 
@@ -40,19 +54,20 @@ def is_local(setting: str | None) -> bool:
     return setting is not None and not is_relative(setting) and (os.path.isabs(setting) or os.path.exists(setting))
 
 
-def resolve_source(setting: str, checkpoint: PartSource | None) -> PartSource:
-    """The place that a saved setting names.
+def source_of(setting: str, checkpoint: PartSource | None) -> PartSource:
+    """The place that a saved setting names, without a look at the network.
 
     Args:
         setting: a Hub id, optionally `id@revision`; a path; or `./folder`, inside the checkpoint.
-        checkpoint: where the processor itself was loaded from, if it was.
+        checkpoint: where the processor itself was loaded from, if it was. A relative part of a Hub checkpoint keeps
+            its form `repository/./folder`, which `download` understands.
 
     Raises:
-        ValueError: a relative part of a processor that was not loaded from anywhere, or one that is not there.
+        ValueError: a relative part of a processor that was not loaded from anywhere.
     """
     if not is_relative(setting):
         if is_local(setting):
-            return PartSource(setting)
+            return PartSource.of(setting)
         location, _, revision = setting.partition("@")
         return PartSource(location, revision or None)
     if checkpoint is None:
@@ -60,16 +75,29 @@ def resolve_source(setting: str, checkpoint: PartSource | None) -> PartSource:
             f"The part {setting!r} lies inside the processor's checkpoint, but this processor was built in memory. "
             "Load it with `from_pretrained(folder)`, or give the part as a path or Hub id."
         )
-    root = checkpoint.location
-    if not os.path.isdir(root):
-        root = snapshot_download(root, revision=checkpoint.revision, allow_patterns=f"{setting[2:]}*")
-    path = Path(root, setting)
-    if not path.exists():
+    if checkpoint.is_local:
+        return PartSource(os.path.realpath(os.path.join(checkpoint.location, setting)))
+    return PartSource(f"{checkpoint.location}/{setting}", checkpoint.revision)
+
+
+def download(source: PartSource) -> PartSource:
+    """The same source with a part inside a Hub repository brought to a local folder; others as they are.
+
+    Raises:
+        ValueError: the part is not there.
+    """
+    if not source.is_local:
+        repository, inside, part = source.location.partition("/./")
+        if not inside:
+            return source
+        root = snapshot_download(repository, revision=source.revision, allow_patterns=[part, f"{part}/*"])
+        source = PartSource(os.path.join(root, part))
+    if not os.path.exists(source.location):
         raise ValueError(
-            f"The checkpoint {checkpoint.location!r} has no {setting!r}, which its processor needs. Save the part "
-            "there, or name another source in `object_settings`."
+            f"There is no {source.location!r}, which this processor's checkpoint needs. Save the part there, or name "
+            "another source in `object_settings`."
         )
-    return PartSource(str(path))
+    return source
 
 
 def copy_relative_part(setting: str, checkpoint: PartSource | None, target: str | os.PathLike) -> None:
@@ -84,7 +112,7 @@ def copy_relative_part(setting: str, checkpoint: PartSource | None, target: str 
     destination = Path(target, setting)
     if checkpoint is None and destination.exists():
         return
-    source = Path(resolve_source(setting, checkpoint).location)
+    source = Path(download(source_of(setting, checkpoint)).location)
     if destination.exists() and source.samefile(destination):
         return
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -99,21 +127,21 @@ def copy_relative_part(setting: str, checkpoint: PartSource | None, target: str 
         os.replace(copy, destination)
 
 
-def default_device() -> torch.device:
-    """The process's current accelerator, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator if accelerator is not None else torch.device("cpu")
+def concrete_device(device: torch.device | str | None) -> torch.device:
+    """One name per device: "cuda" and "cuda:0" are one place. None: the process's current accelerator, else the CPU."""
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator if accelerator is not None else "cpu"
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.index is None and torch.accelerator.is_available():
+        return torch.device(device.type, torch.accelerator.current_device_index())
+    return device
 
 
-def load_part(
-    kind: str,
-    source: PartSource,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    load: Callable[..., Any],
-    **options: Any,
-) -> Any:
-    """The part from the cache, or `load(location, revision=, device=, dtype=, **options)`; safe from several threads.
+def refuse_in_worker(kind: str) -> None:
+    """Heavy parts belong to the main process.
 
     Raises:
         RuntimeError: in a data-loader worker, where each worker would hold its own copy of every part (and a forked
@@ -121,20 +149,31 @@ def load_part(
     """
     if torch.utils.data.get_worker_info() is not None:
         raise RuntimeError(
-            f"The {kind} was asked for inside a data-loader worker; every worker would load its own copy. Make the "
-            "objects beforehand (`mask_llava_hf.precompute`, or `processor.find_objects`) and pass them as "
-            "`objects=`, or call the processor with `max_object_tokens=0`."
+            f"The {kind.replace('_', ' ')} was asked for inside a data-loader worker; every worker would load its own "
+            "copy. Make the objects beforehand (`mask_llava_hf.precompute`, or `processor.find_objects`) and pass them "
+            "as `objects=`, or call the processor with `max_object_tokens=0`."
         )
-    key = (kind, source, device, dtype)
+
+
+def load_part(
+    kind: str,
+    source: PartSource,
+    load: Callable[[PartSource], Any],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The part from the cache, or `load(source)`; safe from several threads. A change of local files is noticed."""
+    key, state = (kind, source, device, dtype), _file_state(source)
     with _parts_lock:
-        if key not in _parts:
-            _parts[key] = load(source.location, revision=source.revision, device=device, dtype=dtype, **options)
-        return _parts[key]
+        if key not in _parts or _parts[key][0] != state:
+            _parts[key] = (state, load(download(source)))
+        return _parts[key][1]
 
 
-def loaded_part(kind: str, source: PartSource, device: torch.device, dtype: torch.dtype | None) -> Any | None:
-    """The part if it is loaded; nothing is loaded."""
-    return _parts.get((kind, source, device, dtype))
+def loaded_part(kind: str, source: PartSource, device: torch.device | None, dtype: torch.dtype | None) -> Any | None:
+    """The part if it is loaded from files that have not changed since; nothing is loaded."""
+    state, part = _parts.get((kind, source, device, dtype), (None, None))
+    return part if state == _file_state(source) else None
 
 
 def unload_parts(kind: str, source: PartSource) -> None:
@@ -142,3 +181,13 @@ def unload_parts(kind: str, source: PartSource) -> None:
     with _parts_lock:
         for key in [key for key in _parts if key[:2] == (kind, source)]:
             del _parts[key]
+
+
+def _file_state(source: PartSource) -> tuple:
+    """Names, sizes and times of a local part's files; empty for the Hub, whose revisions are not watched."""
+    path = Path(source.location)
+    if not source.is_local or not path.exists():
+        return ()
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in _PART_FILES]
+    stats = [(file.name, file.stat()) for file in files]
+    return tuple(sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))

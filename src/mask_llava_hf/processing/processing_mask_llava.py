@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from ..modeling.token_layout import check_integer
-from .geometry import upright_rgb
-from .given_objects import given_objects
+from .chat_blocks import object_entries, plain_blocks
+from .given_objects import given_objects, says_nothing
+from .image_inputs import flat_pictures, upright_images
 from .object_parts import PART_NAMES, ObjectParts, share_model
-from .object_pipeline import find_objects_in, masks_in_frame, stack_embeddings, stack_masks, with_embeddings
+from .object_pipeline import find_objects_in_steps, stack_embeddings, stack_masks, with_embeddings
 from .object_settings import ObjectSettings
 from .objects.image_objects import ImageObjects
 from .part_sources import PartSource, copy_relative_part, is_local, is_relative
@@ -61,6 +61,11 @@ class MaskLlavaProcessor(ProcessorMixin):
     ):
         self.image_token = getattr(tokenizer, "image_token", image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer has no token {self.image_token!r}, so images would stand where unknown words do. Add "
+                f'it: `tokenizer.add_special_tokens({{"additional_special_tokens": ["{self.image_token}"]}})`.'
+            )
         self.object_settings = ObjectSettings.from_dict(object_settings).to_dict()
         # Strings and small values only: a processor is copied, printed and sent to other processes
         self._checkpoint: PartSource | None = None
@@ -71,12 +76,19 @@ class MaskLlavaProcessor(ProcessorMixin):
     # ------------------------------------------------------------------------------------------- loading and saving
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, revision: str = "main", **kwargs):
-        """As `ProcessorMixin.from_pretrained`; the parts of the checkpoint are loaded when they are first needed."""
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
-        location = os.fspath(pretrained_model_name_or_path)
-        loaded = processor[0] if isinstance(processor, tuple) else processor
-        loaded._checkpoint = PartSource(location, None if os.path.isdir(location) else revision)
-        return processor
+        """As `ProcessorMixin.from_pretrained`; the parts of the checkpoint are loaded when they are first needed.
+
+        `object_settings=` changes single keys of the saved ones.
+        """
+        changes = kwargs.pop("object_settings", None)  # the base class would replace all, and save it in the tokenizer
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        location = os.path.join(os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        processor._checkpoint = PartSource.of(location.rstrip("/"), revision)
+        if changes:
+            settings = {**processor.object_settings, **changes}
+            processor.object_settings = ObjectSettings.from_dict(settings).to_dict()
+        return loaded
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As `ProcessorMixin.save_pretrained`; parts that lie inside the checkpoint (`./detector`) are copied along.
@@ -86,6 +98,7 @@ class MaskLlavaProcessor(ProcessorMixin):
         """
         if push_to_hub:
             self._check_parts_are_portable()
+        self.object_settings = self._settings().to_dict()  # users may have set it anew, in part or wrongly
         os.makedirs(save_directory, exist_ok=True)
         for name in PART_NAMES:
             if is_relative(self.object_settings[name]):
@@ -98,10 +111,11 @@ class MaskLlavaProcessor(ProcessorMixin):
         return super().push_to_hub(*args, **kwargs)
 
     def _check_parts_are_portable(self) -> None:
+        settings = self._settings().to_dict()
         for name in PART_NAMES:
-            if is_local(self.object_settings[name]):
+            if is_local(settings[name]):
                 raise ValueError(
-                    f"`object_settings[{name!r}]` is {self.object_settings[name]!r}, a path on this machine: nobody "
+                    f"`object_settings[{name!r}]` is {settings[name]!r}, a path on this machine: nobody "
                     "who loads the checkpoint from the Hub has it. Name a Hub id, or save the part inside the "
                     f'checkpoint and name it "./{name}".'
                 )
@@ -151,22 +165,22 @@ class MaskLlavaProcessor(ProcessorMixin):
 
     # --------------------------------------------------------------------------------------------------- inputs
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        images = None if images is None else _upright(images)
-        if isinstance(images, list) and not _flat(images):
+        images = None if images is None else upright_images(images)
+        if isinstance(images, list) and not flat_pictures(images):
             images = None  # a batch of texts without images
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         self._refuse_unknown_arguments(kwargs)
         if images is None:
-            given = [name for name in _OBJECT_INPUTS if kwargs.get(name) is not None]
+            given = [name for name in _OBJECT_INPUTS if not says_nothing(_call_argument(kwargs, "images_kwargs", name))]
             if given:
                 raise ValueError(f"`{given[0]}` was given without `images`; objects belong to an image.")
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-        layout = self._settings().layout
-        max_length = kwargs.get("max_length", kwargs.get("text_kwargs", {}).get("max_length"))
-        if kwargs.get("truncation", kwargs.get("text_kwargs", {}).get("truncation")) and max_length and text:
-            least = max(sample.count(self.image_token) for sample in text) * layout.num_fixed_tokens
+        max_length = _call_argument(kwargs, "text_kwargs", "max_length")
+        truncation = _call_argument(kwargs, "text_kwargs", "truncation")
+        if truncation not in (None, False, "do_not_truncate") and max_length and text:
+            least = max(sample.count(self.image_token) for sample in text) * self._settings().layout.num_fixed_tokens
             if least > max_length:
                 raise ValueError(
                     f"`max_length`={max_length} with truncation would cut image placeholders: the images of one text "
@@ -176,12 +190,17 @@ class MaskLlavaProcessor(ProcessorMixin):
     def _refuse_unknown_arguments(self, kwargs: dict[str, Any]) -> None:
         # Transformers drops them with a warning: `max_object_token=5` would silently cost 20 tokens
         schema = self.valid_processor_kwargs.__annotations__
+        parts = {"images_kwargs": self.image_processor, "text_kwargs": self.tokenizer}
         known = {*schema, "common_kwargs", "return_metadata", "sanitize_control_tokens"}
+        unknown = []
         for modality, arguments in schema.items():
-            known |= set(getattr(arguments, "__annotations__", {})) if modality.endswith("_kwargs") else set()
-        for part in (self.image_processor, self.tokenizer):
-            known |= set(getattr(getattr(part, "valid_kwargs", None), "__annotations__", {}))
-        unknown = sorted(set(kwargs) - known)
+            if not modality.endswith("_kwargs"):
+                continue
+            names = {*arguments.__annotations__}
+            names |= set(getattr(getattr(parts.get(modality), "valid_kwargs", None), "__annotations__", {}))
+            unknown += [f"{modality}[{name!r}]" for name in kwargs.get(modality) or () if name not in names]
+            known |= names
+        unknown += sorted(set(kwargs) - known)
         if unknown:
             raise ValueError(
                 f"Unknown arguments {unknown}. Beside the arguments of every processor, this one takes "
@@ -190,15 +209,26 @@ class MaskLlavaProcessor(ProcessorMixin):
 
     def _merge_kwargs(self, *args, **kwargs):
         # The base class copies all arguments deeply; masks of a large photograph are not to be copied
-        heavy = {name: kwargs.pop(name) for name in _OBJECT_INPUTS if name in kwargs}
+        nested = dict(kwargs.get("images_kwargs") or {})
+        heavy = {}
+        for name in _OBJECT_INPUTS:
+            if name in kwargs and name in nested:
+                raise ValueError(f"`{name}` was given twice: in the call and in its `images_kwargs`.")
+            if name in kwargs or name in nested:
+                heavy[name] = kwargs.pop(name) if name in kwargs else nested.pop(name)
+        if kwargs.get("images_kwargs"):
+            kwargs["images_kwargs"] = nested
         merged = super()._merge_kwargs(*args, **kwargs)
         merged["images_kwargs"].update(heavy)
         return merged
 
+    def _normalize_conversations(self, conversation):
+        return super()._normalize_conversations(plain_blocks(conversation))
+
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
         images, videos, audio, extra = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
         for name in _OBJECT_INPUTS:
-            rows = [_object_entries(conversation, name) for conversation in conversations]
+            rows = [object_entries(conversation, name) for conversation in conversations]
             if any(entry is not None for row in rows for entry in row):
                 extra = {**extra, name: rows}
         return images, videos, audio, extra
@@ -206,26 +236,66 @@ class MaskLlavaProcessor(ProcessorMixin):
     def _process_images(
         self, images, boxes=None, masks=None, objects=None, max_object_tokens=None, return_tensors=None, **kwargs
     ):
-        settings, pictures = self._settings(), _flat(images)
+        settings, pictures = self._settings(), flat_pictures(images)
         given = given_objects(images, pictures, boxes, masks, objects)
         cap = self._cap(settings, max_object_tokens, given)
-        found = find_objects_in(pictures, given, cap, settings, self._parts())
-        framed, found = masks_in_frame(found, settings, self.image_processor, kwargs)
-        processed = dict(self.image_processor(pictures, return_tensors="pt", **kwargs))
-        processed["object_counts"] = torch.tensor([len(objects) for objects in found], dtype=torch.long)
+        processed = self._process_pixels(pictures, **kwargs)
+        found, framed = self._find(pictures, given, cap, processed["pixel_values"], kwargs, keep_masks=False)
+        processed["object_counts"] = torch.tensor([len(entry) for entry in found], dtype=torch.long)
         if settings.mask_inversion == "model":
             processed["object_masks"] = stack_masks(framed, cap, tuple(processed["pixel_values"].shape[-2:]))
         else:
-            found = with_embeddings(found, framed, processed["pixel_values"], self._parts())
             processed["object_embeds"] = stack_embeddings(found, cap, settings.embed_size)
         return processed, [self.replace_image_token(processed, index) for index in range(len(pictures))]
+
+    def _process_pixels(self, pictures: list[Image.Image], **kwargs) -> dict[str, Any]:
+        if not kwargs.get("do_rescale", self.image_processor.do_rescale):
+            raise ValueError(
+                "`do_rescale` is False, but all images are brought to 8 bits here: their 0 to 255 would reach a tower "
+                "that expects 0 to 1. Leave it on; floating-point images in 0 to 1 are taken as they are."
+            )
+        return dict(self.image_processor(pictures, return_tensors="pt", **kwargs))
+
+    def _find(
+        self,
+        pictures: list[Image.Image],
+        given: Sequence[ImageObjects | None],
+        cap: int,
+        pixel_values: torch.Tensor,
+        overrides: dict[str, Any],
+        keep_masks: bool,
+    ) -> tuple[list[ImageObjects], list[torch.Tensor | None]]:
+        """Objects per picture, with embeddings where this processor makes them, and masks in the tower's frame.
+
+        What can be checked without heavy work is checked first.
+        """
+        settings, parts = self._settings(), self._parts()
+        detects = cap > 0 and settings.detector is not None and any(objects is None for objects in given)
+        used = [objects for objects in given if objects is not None and len(objects) and cap]
+        if detects or used:
+            side = settings.image_size
+            if tuple(pixel_values.shape[-2:]) != (side, side):
+                raise ValueError(
+                    f"The image processor gives {pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels, but "
+                    f'`object_settings["image_size"]` is {side}, the side of the tower\'s input: masks would lie in '
+                    "another frame than the model's. Set both to the size of the model's tower."
+                )
+        embeds = settings.mask_inversion == "processor"
+        if embeds and (detects or any(objects.embeddings is None for objects in used)):
+            parts.require_tower()
+        found, framed = find_objects_in_steps(
+            pictures, given, cap, settings, parts, self.image_processor, overrides, keep_masks
+        )
+        if embeds:
+            found = with_embeddings(found, framed, pixel_values, parts, self.image_processor, overrides)
+        return found, framed
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self._settings().layout.num_tokens(int(image_inputs["object_counts"][image_idx]))
 
     @property
     def model_input_names(self) -> list[str]:
-        in_model = self.object_settings["mask_inversion"] == "model"
+        in_model = self._settings().mask_inversion == "model"
         return [*super().model_input_names, "object_counts", "object_masks" if in_model else "object_embeds"]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
@@ -256,61 +326,36 @@ class MaskLlavaProcessor(ProcessorMixin):
         Raises:
             ValueError: no detector is configured, or a part that is needed cannot be found.
         """
-        settings, pictures, parts = self._settings(), _flat(_upright(images)), self._parts()
-        cap = self._cap(settings, max_object_tokens, ())
+        settings, pictures = self._settings(), flat_pictures(upright_images(images))
         if settings.detector is None:
-            parts.detector()  # raises, naming the mends
-        found = find_objects_in(pictures, [None] * len(pictures), cap, settings, parts)
-        framed, found = masks_in_frame(found, settings, self.image_processor, {})
-        if settings.mask_inversion == "model":
-            return found
-        pixel_values = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        return with_embeddings(found, framed, pixel_values, parts)
+            self._parts().detector()  # raises, naming the mends
+        if not pictures:
+            return []
+        cap = self._cap(settings, max_object_tokens, ())
+        pixel_values = self._process_pixels(pictures)["pixel_values"]
+        found, _ = self._find(pictures, [None] * len(pictures), cap, pixel_values, {}, keep_masks=True)
+        return found
 
     @staticmethod
     def _cap(settings: ObjectSettings, asked: Any, given: Sequence[ImageObjects | None]) -> int:
         """The call's N: what was asked for, at most what is saved."""
+        cap = settings.max_object_tokens
         if asked is not None:
-            return min(check_integer("max_object_tokens", asked, 0), settings.max_object_tokens)
+            cap = min(check_integer("max_object_tokens", asked, 0), cap)
         for index, objects in enumerate(given):
-            if objects is not None and len(objects) > settings.max_object_tokens:
+            cuts_by_request = asked is not None and asked <= settings.max_object_tokens
+            if objects is not None and len(objects) > settings.max_object_tokens and not cuts_by_request:
                 raise ValueError(
                     f"Image {index} was given {len(objects)} objects, but this processor is saved with "
                     f"`max_object_tokens`={settings.max_object_tokens}, and which to leave out is not its to guess. "
                     f"To use the first ones, pass `max_object_tokens={settings.max_object_tokens}` in the call."
                 )
-        return settings.max_object_tokens
+        return cap
 
 
-def _upright(images: Any) -> Any:
-    """The same layout with every image as an upright RGB picture; paths and URLs are opened."""
-    if isinstance(images, list | tuple):
-        return [_upright(image) for image in images]
-    if getattr(images, "ndim", 3) == 4:
-        return [upright_rgb(image) for image in images]  # a batch in one array
-    if isinstance(images, str | os.PathLike):
-        # Not `load_image` for files: its RGB conversion clips 16-bit images to white
-        images = Image.open(images) if os.path.isfile(images) else load_image(os.fspath(images))
-    return upright_rgb(images)
-
-
-def _flat(images: Any) -> list[Image.Image]:
-    """All pictures in prompt order, from one picture, a list, or a list of lists."""
-    if not isinstance(images, list):
-        return [images]
-    return [picture for entry in images for picture in (entry if isinstance(entry, list) else [entry])]
-
-
-def _object_entries(conversation: Sequence[dict[str, Any]], name: str) -> list[Any]:
-    """What the image blocks of one conversation say under `name`, an entry for every image they carry."""
-    entries = []
-    for message in conversation:
-        content = message.get("content")
-        for block in content if isinstance(content, list) else ():
-            if block.get("type") == "image":
-                num_images = sum(key in block for key in ("image", "url", "path", "base64"))
-                entries += [block.get(name)] * num_images
-    return entries
+def _call_argument(kwargs: dict[str, Any], modality: str, name: str) -> Any:
+    """An argument of a call, whether it stands alone or in the dict of its modality."""
+    return kwargs[name] if name in kwargs else (kwargs.get(modality) or {}).get(name)
 
 
 __all__ = ["MaskLlavaProcessor"]

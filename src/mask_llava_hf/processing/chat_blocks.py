@@ -1,0 +1,34 @@
+"""What blocks of chats say about images and their objects."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def plain_blocks(conversation: Any) -> Any:
+    """Blocks of chats without the None that columnar stores fill in, and OpenAI's form of an image in the usual one.
+
+    Transformers does the latter too, but drops what else a block says, such as its boxes.
+    """
+    if isinstance(conversation, list | tuple):
+        return [plain_blocks(entry) for entry in conversation]
+    if not isinstance(conversation, Mapping):
+        return conversation
+    if "role" in conversation:
+        return {**conversation, "content": plain_blocks(conversation.get("content"))}
+    block = {name: value for name, value in conversation.items() if value is not None}
+    if block.get("type") == "image_url" and "image_url" in block:
+        url = block.pop("image_url")
+        block.update(type="image", url=url.get("url", "") if isinstance(url, Mapping) else url)
+    return block
+
+
+def object_entries(conversation: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    """What the image blocks of one conversation say under `name`, an entry for every image they carry."""
+    entries = []
+    for message in conversation:
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
+            if block.get("type") == "image":
+                num_images = sum(key in block for key in ("image", "url", "path", "base64"))
+                entries += [block.get(name)] * num_images
+    return entries
