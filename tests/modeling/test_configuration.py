@@ -44,11 +44,28 @@ def test_partial_mask_inversion_settings_are_completed_and_survive_saving(tmp_pa
         ({"projector_type": "identity"}, "1024 channels and the language model 4096"),
         ({"vision_feature_layer": [-2, -5]}, "max_object_tokens=0"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ({"norm_scaling": "fixed", "patch_statistics": [float("nan"), 1.0]}, "patch_statistics"),
+        ({"patch_grid_size": 48}, r"1..24, got 48"),
+        ({"vision_config": {"model_type": "clip"}}, "clip_vision_model"),
     ],
 )
 def test_bad_fields_are_refused_by_name(values, message):
     with pytest.raises((StrictDataclassError, ValueError), match=message):
         MaskLlavaConfig(**values)
+
+
+def test_arguments_of_loading_are_checked_too(tmp_path):
+    MaskLlavaConfig().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, max_object_tokens=2).image_seq_length == 39
+    for wrong in ({"norm_scaling": "fixed"}, {"patch_grid_size": 0}, {"projector_type": "foo"}):
+        with pytest.raises((StrictDataclassError, ValueError), match=next(iter(wrong))):
+            AutoConfig.from_pretrained(tmp_path, **wrong)
+
+
+def test_statistics_as_a_tuple_survive_saving(tmp_path):
+    config = MaskLlavaConfig(norm_scaling="fixed", patch_statistics=(0.1, 0.9))
+    config.save_pretrained(tmp_path)
+    assert MaskLlavaConfig.from_pretrained(tmp_path).patch_statistics == config.patch_statistics == [0.1, 0.9]
 
 
 @pytest.mark.parametrize(("name", "layers"), [("identity", 0), ("linear", 1), ("mlp1x_gelu", 1), ("mlp3x_gelu", 3)])

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import IMAGE, NUM_OBJECTS, VISION, batch, cut_by_hand, make_model, prompt, single
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from tiny_models import IMAGE, NUM_OBJECTS, TEXT, VISION, batch, cut_by_hand, make_model, prompt, single
+from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -142,19 +142,44 @@ def test_aligned_inputs_are_cut_along(model):
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     expected = model.generate(**inputs, **NEW, max_object_tokens=1)
     assert torch.equal(model.generate(**inputs, inputs_embeds=embeds, **NEW, max_object_tokens=1), expected)
-    assert torch.equal(model.generate(**inputs, position_ids=positions, **NEW), model.generate(**inputs, **NEW))
-    assert model.generate(**inputs, position_ids=positions, **NEW, max_object_tokens=1).shape == expected.shape
+    found = model.generate(**inputs, position_ids=positions, **NEW, max_object_tokens=1)
+    assert torch.equal(found, expected)  # positions are counted anew, as of a prompt that never had the tokens
 
 
-def test_right_padding_and_a_missing_mask(model):
-    inputs = single()
+def test_padding_on_the_right(model):
+    inputs = single(2)
     expected = model.generate(**inputs, **NEW, max_object_tokens=1)
+    padding = torch.full((1, 3), 60)
+    right = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], padding], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], 0 * padding], 1),
+    }
+    by_hand = {**cut_by_hand(inputs, 1)}
+    by_hand["input_ids"] = torch.cat([by_hand["input_ids"], padding], 1)
+    by_hand["attention_mask"] = torch.cat([by_hand["attention_mask"], 0 * padding], 1)
+    found = model.generate(**right, **NEW, max_object_tokens=1)
+    assert new_tokens(found, right) == new_tokens(model.generate(**by_hand, **NEW), by_hand)
+    assert expected.shape[1] == inputs["input_ids"].shape[1] + 5
+
+
+@pytest.mark.parametrize("where", ["config", "call"])
+def test_a_missing_mask_is_told_from_the_padding(where):
+    model, inputs = make_model(text_config={**TEXT, "pad_token_id": 60 if where == "config" else None}), batch()
+    if where == "config":
+        model.generation_config.pad_token_id = 60
+    options = {"max_visual_tokens": 1, "eos_token_id": 98, **({"pad_token_id": 60} if where == "call" else {})}
+    expected = model.generate(**inputs, **NEW, **options)
     bare = {k: v for k, v in inputs.items() if k != "attention_mask"}
-    assert torch.equal(model.generate(**bare, **NEW, max_object_tokens=1), expected)
-    left = {**inputs, **prompt([[5, (14,), 7, 8], [5] * 30])}
-    left = {k: v[:1] for k, v in left.items()}
-    found = model.generate(**left, **NEW, max_object_tokens=1)
-    assert new_tokens(found, left) == new_tokens(expected, inputs)
+    assert torch.equal(model.generate(**bare, **NEW, **options), expected)
+
+
+def test_no_padding_id_at_all(model):
+    model = make_model(text_config={**TEXT, "pad_token_id": None})
+    inputs = batch()
+    model.generation_config.pad_token_id = None
+    expected = make_model().generate(**inputs, **NEW, max_visual_tokens=3)
+    assert new_tokens(model.generate(**inputs, **NEW, max_visual_tokens=3), inputs) == new_tokens(expected, inputs)
 
 
 def test_assisted_decoding(model):
@@ -196,6 +221,37 @@ def test_length_limits_count_the_full_prompt(where):
         model.generation_config = GenerationConfig(**limits, do_sample=False)
         output = model.generate(**inputs, max_object_tokens=0)
     assert output.shape[1] == limits["max_length"]
+
+
+def test_min_length_counts_the_full_prompt():
+    model, inputs = make_model(), single()
+    length = inputs["input_ids"].shape[1]
+    first = int(model.generate(**inputs, **NEW, max_object_tokens=0)[0, length])
+    limits = {"min_length": length + 3, "max_new_tokens": 6, "do_sample": False, "eos_token_id": first}
+    output = model.generate(**inputs, **limits, pad_token_id=60, max_object_tokens=0)
+    assert first not in output[0, length : length + 3].tolist()  # the end is put off until three tokens are there
+    without = model.generate(**inputs, **{**limits, "min_length": 0}, pad_token_id=60, max_object_tokens=0)
+    assert without.shape[1] == length + 1
+
+
+def test_a_limit_of_the_models_config_brings_no_warning(monkeypatch):
+    from transformers.generation import utils
+
+    model, inputs, messages = make_model(), single(), []
+    monkeypatch.setattr(type(utils.logger), "warning_once", lambda self, m, *a: messages.append(m), raising=False)
+    model.generation_config.max_length = 500
+    model.generate(**inputs, generation_config=GenerationConfig(**NEW), max_object_tokens=0)
+    assert not [message for message in messages if "deprecated" in message]
+
+
+def test_settings_set_after_loading_are_saved_too(tmp_path):
+    make_model().save_pretrained(tmp_path / "a")
+    (tmp_path / "a/generation_config.json").unlink()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "a")
+    model.generation_config.max_object_tokens = 1
+    model.save_pretrained(tmp_path / "b")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "b")
+    assert again.generation_config.max_object_tokens == 1
 
 
 def test_dict_outputs_lose_the_cache_only_when_something_was_dropped(model):
@@ -250,9 +306,10 @@ def test_misspelled_arguments(model):
 
 def test_a_drop_that_cannot_be_right_is_refused(model):
     inputs = single()
-    cache = model.generate(**inputs, **NEW, return_dict_in_generate=True).past_key_values
-    with pytest.raises(ValueError, match="cache"):
-        model.generate(**inputs, **NEW, past_key_values=cache, max_object_tokens=1)
+    with pytest.raises(ValueError, match="Cap in the processor's call to keep a cache"):
+        model.generate(**inputs, **NEW, past_key_values=DynamicCache(config=model.config), max_object_tokens=1)
+    cache = DynamicCache(config=model.config)
+    model.generate(**inputs, **NEW, past_key_values=cache, max_object_tokens=NUM_OBJECTS)  # drops nothing
     follow_up = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     with pytest.raises(ValueError, match="cannot be dropped"):
         model.generate(**follow_up, **NEW, past_key_values=cache, max_object_tokens=1)
@@ -261,6 +318,10 @@ def test_a_drop_that_cannot_be_right_is_refused(model):
     with pytest.raises(ValueError, match="`inputs_embeds`"):
         model.generate(inputs_embeds=embeds, **inputs, **NEW, max_object_tokens=1)
     assert model.generate(inputs_embeds=embeds, **inputs, **NEW, max_object_tokens=4).shape == (1, 5)
+    with pytest.raises(ValueError, match="`inputs_embeds` alone"):
+        model.generate(inputs_embeds=embeds, **NEW, max_object_tokens=1)
+    with pytest.raises(ValueError, match="without `pixel_values`"):
+        model.generate(**follow_up, object_counts=inputs["object_counts"], **NEW)
 
 
 def test_projected_images_cannot_change_their_grid(model):
@@ -269,9 +330,10 @@ def test_projected_images_cannot_change_their_grid(model):
     encoded = {"image": model.get_image_features(**images)}
     with pytest.raises(ValueError, match="already projected"):
         model.generate(**inputs, mm_encoder_outputs=encoded, **NEW, patch_grid_size=2)
-    coarse = {"image": model.get_image_features(**images, patch_grid_size=1)}
-    with pytest.raises(ValueError, match="cannot be told apart"):
-        model.generate(**inputs, mm_encoder_outputs=coarse, **NEW, max_object_tokens=1)
+    for grid in (1, 2):  # with 2 x 2 patches there are as many tokens in all as with 3 x 3 and no objects
+        coarse = {"image": model.get_image_features(**images, patch_grid_size=grid)}
+        with pytest.raises(ValueError, match="cannot be told apart"):
+            model.generate(**inputs, mm_encoder_outputs=coarse, **NEW, max_object_tokens=1)
 
 
 def test_lost_rows_are_named(model):

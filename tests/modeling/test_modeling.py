@@ -6,8 +6,14 @@ from tiny_models import GRID, NUM_OBJECTS, SIDE, TEXT, VISION, WIDTH, batch, mak
 from transformers import AutoModel, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
-from mask_llava_hf.modeling.modeling_mask_llava import MaskLlavaForConditionalGeneration, MaskLlavaModel
+from mask_llava_hf.modeling.modeling_mask_llava import (
+    MaskLlavaForConditionalGeneration,
+    MaskLlavaModel,
+    MaskLlavaMultiModalProjector,
+)
 from mask_llava_hf.modeling.object_embedding import embed_masks, pool_masks
+from mask_llava_hf.modeling.token_composition import compose_tokens
+from mask_llava_hf.modeling.token_layout import TokenLayout
 
 
 def make_masks() -> torch.Tensor:
@@ -63,7 +69,7 @@ def test_masks_give_what_embeddings_made_from_them_give(object_embedding):
     model, inputs, masks = make_model(object_embedding=object_embedding), batch(), make_masks()
     with torch.no_grad():
         states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
-        inputs["object_embeds"] = embed_masks(model.model.vision_tower, states, masks, model.config)
+        inputs["object_embeds"] = embed_masks(model.model.vision_tower, states, masks, model.config, -2)
         expected = model(**inputs).logits
         del inputs["object_embeds"]
         torch.testing.assert_close(model(**inputs, object_masks=masks).logits, expected, atol=1e-4, rtol=0)
@@ -76,6 +82,90 @@ def test_mask_pooling_weighs_patches_by_covered_area():
     masks[0, 1, 0, 0] = masks[0, 1, 2:, 2:] = 1  # a quarter of the first patch, all of the last
     pooled = pool_masks(patches, masks)
     torch.testing.assert_close(pooled.flatten(), torch.tensor([1.5, (0.25 * 1 + 1 * 4) / 1.25, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm_scaling": "none"},
+        {"norm_scaling": "fixed", "patch_statistics": [0.3, 2.0]},
+        {"use_cls_token": False},
+        {"patch_grid_size": 4},
+    ],
+)
+def test_the_configs_composition_reaches_the_projector(fields):
+    model, inputs = make_model(**fields), batch()
+    seen = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = {k: inputs[k] for k in ("pixel_values", "object_embeds", "object_counts")}
+    with torch.no_grad():
+        model.get_image_features(**images)
+        features = model.model.vision_tower(images["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    config = model.config
+    layout = TokenLayout.from_config(config)
+    expected = compose_tokens(
+        features, images["object_embeds"], layout, config.norm_scaling, fields.get("patch_statistics")
+    )
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_the_configs_mask_inversion_settings_are_used():
+    inputs, masks = batch(), make_masks()
+    del inputs["object_embeds"]
+    logits = []
+    for iterations in (1, 10):
+        with torch.no_grad():
+            model = make_model(mask_inversion={"iterations": iterations})
+            logits.append(model(**inputs, object_masks=masks).logits)
+    assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_mask_pooling_reads_the_layer_of_the_features(layer):
+    model, inputs, masks = (
+        make_model(object_embedding="mask_pooling", vision_feature_layer=layer),
+        batch(),
+        make_masks(),
+    )
+    with torch.no_grad():
+        states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+        inputs["object_embeds"] = pool_masks(states[layer][:, 1:], masks)
+        expected = model(**inputs).logits
+        del inputs["object_embeds"]
+        torch.testing.assert_close(model(**inputs, object_masks=masks).logits, expected)
+
+
+def test_mask_pooling_is_float32_under_autocast():
+    patches, masks = torch.randn(1, 16, 8), torch.ones(1, 2, 8, 8, dtype=torch.uint8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = pool_masks(patches, masks)
+    assert torch.equal(pooled, pool_masks(patches, masks)) and pooled.dtype == torch.float32
+
+
+def test_the_projector_is_a_stack_of_linear_layers_with_an_activation_between():
+    torch.manual_seed(0)
+    config = make_config(projector_type="mlp3x_gelu", multimodal_projector_bias=False, projector_hidden_act="relu")
+    projector, x = MaskLlavaMultiModalProjector(config), torch.randn(2, WIDTH)
+    first, second, third = (getattr(projector, f"linear_{index}") for index in (1, 2, 3))
+    assert first.bias is None and third.bias is None
+    torch.testing.assert_close(projector(x), third(second(first(x).relu()).relu()))
+
+
+def test_recompiling_never_mixes_two_forms_of_the_features():
+    model = make_model()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="eager")
+    calls = [(batch(), True), (single(), True), (single(2), False), (batch((1, 1, 1)), False), (single(1), True)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for inputs, grad in calls * 2:
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+
+
+def test_placeholders_go_where_the_embeddings_are():
+    ids, embeds = torch.tensor([[5, 0, 0, 6]]), torch.empty(1, 4, WIDTH, device="meta")
+    model = make_model().model
+    assert model._placeholder_positions(ids, embeds).to(embeds.device).device.type == "meta"
 
 
 def test_precomputed_features_and_ids_free_prompts_agree():
@@ -159,13 +249,19 @@ def test_a_batch_without_images_touches_tower_and_projector_with_zero_gradient()
     assert gradient is not None and not gradient.any()
     with torch.no_grad():
         torch.testing.assert_close(model(**text).loss, loss.detach())
-    frozen = make_model().train()
-    frozen.model.vision_tower.requires_grad_(False)
-    frozen.model.multi_modal_projector.requires_grad_(False)
-    calls = []
-    frozen.model.vision_tower.register_forward_hook(lambda *args: calls.append(1))
-    frozen(**text).loss.backward()
-    assert not calls
+    for tower, projector in ((True, False), (False, True), (False, False)):
+        model, calls = make_model().train(), []
+        model.model.vision_tower.requires_grad_(tower)
+        model.model.multi_modal_projector.requires_grad_(projector)
+        model.model.vision_tower.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        model(**text).loss.backward()
+        assert bool(calls) == (tower or projector)
+
+
+def test_the_zero_of_a_text_batch_is_zero_in_half_precision():
+    model = make_model().train().half()
+    torch.nn.init.constant_(model.model.multi_modal_projector.linear_2.bias, 3e4)
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -201,6 +297,8 @@ def test_training_the_tower_beside_stored_embeddings_warns(monkeypatch):
         (lambda i: i.update(object_embeds=i["object_embeds"][:2]), "`object_embeds` 2 rows"),
         (lambda i: i.update(object_embeds=torch.zeros(3, 4, 48)), "width 48, but this model's vision tower has 32"),
         (lambda i: i.update(object_counts=torch.tensor([4, 2, 5])), r"must lie in 0..4"),
+        (lambda i: i.update(object_embeds=torch.zeros(3, 6, 32)), "6 objects per image, but this model has .*=4"),
+        (lambda i: i.pop("pixel_values"), "`object_embeds` was given without `pixel_values`"),
         (lambda i: i.update(object_counts=torch.tensor([4, 1, 0])), "36 image placeholders .* give 35 tokens"),
         (lambda i: i.update(patch_grid_size=4), "`patch_grid_size` must be an integer in 0..3, got 4"),
         (lambda i: i.update(patch_grid_size=2.0), "`patch_grid_size` must be an integer"),
@@ -211,6 +309,21 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
     change(inputs)
     with pytest.raises(ValueError, match=message):
         model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (torch.zeros(3, 4, 61, 97, dtype=torch.uint8), r"\(3, 4, 61, 97\), expected \(images, objects, 24, 24\)"),
+        (torch.zeros(3, 24, 24, dtype=torch.uint8), "object_masks"),
+        (torch.zeros(3, 4, 24, 24), "torch.float32, expected bool or uint8"),
+    ],
+)
+def test_masks_of_another_frame_or_type_are_refused(masks, message):
+    model, inputs = make_model(), batch()
+    del inputs["object_embeds"]
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, object_masks=masks)
 
 
 def test_encoded_images_exclude_pixels():

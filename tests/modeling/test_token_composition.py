@@ -57,6 +57,12 @@ def test_streams_in_order_and_only_cls_and_objects_are_scaled():
     torch.testing.assert_close(fixed[:, 5:].std(-1, correction=0), torch.full((2, 5), 3.0))
 
 
+def test_fixed_scaling_without_numbers_is_refused():
+    layout = TokenLayout(use_cls_token=True, patch_grid_size=1, max_object_tokens=0)
+    with pytest.raises(ValueError, match="patch_statistics"):
+        compose_tokens(torch.randn(1, 5, 8), None, layout, "fixed")
+
+
 def test_statistics_do_not_mix_images():
     torch.manual_seed(0)
     features, objects = torch.randn(2, 17, 8), torch.randn(2, 3, 8)

@@ -49,6 +49,12 @@ def test_padding_on_the_right_and_inside_stays_where_it_is():
     assert cut.apply(mask).tolist() == [[0, 1, 0, 1, 0], [1, 1, 1, 1, 1]]
 
 
+def test_a_row_of_padding_alone_becomes_padding():
+    ids, mask = torch.tensor([[9, 9, 9], [1, 2, 3]]), torch.tensor([[0, 0, 0], [1, 1, 1]])
+    cut = PromptCut(torch.ones(2, 3).bool(), mask)
+    assert cut.apply(ids, fill=7).tolist() == [[7, 7, 7], [1, 2, 3]]
+
+
 def test_any_knob_of_a_level_replaces_all_of_the_levels_after_it():
     model = {"max_object_tokens": 1, "patch_grid_size": 1}
     assert resolve_knobs(FULL, {}, model)[0] == TokenLayout(True, 1, 1)

@@ -33,6 +33,16 @@ def test_budget_of_a_full_grid_falls_back_to_the_coarser_grids():
     assert full.reduced(max_visual_tokens=581).patch_grid_size == 6
 
 
+@pytest.mark.parametrize("grid", [1, 2, 3, 6, 24])
+@pytest.mark.parametrize("objects", [0, 1, 3, 5, 20])
+@pytest.mark.parametrize("use_cls_token", [True, False])
+def test_a_budget_for_everything_keeps_everything(grid, objects, use_cls_token):
+    full = TokenLayout(use_cls_token, grid, objects)
+    assert full.reduced(max_visual_tokens=full.max_tokens) == full
+    for budget in range(1, full.max_tokens, 7):
+        assert full.reduced(max_visual_tokens=budget).max_tokens <= budget
+
+
 def test_counts():
     assert FULL.max_tokens == 57
     assert FULL.num_tokens(7) == 44

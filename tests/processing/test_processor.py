@@ -148,7 +148,7 @@ def test_both_places_for_mask_inversion_agree(processor, model):
         states = model.model.vision_tower(by_model["pixel_values"], output_hidden_states=True).hidden_states
         from mask_llava_hf.modeling.object_embedding import embed_masks
 
-        embeds = embed_masks(model.model.vision_tower, states, by_model["object_masks"], model.config)
+        embeds = embed_masks(model.model.vision_tower, states, by_model["object_masks"], model.config, -2)
         torch.testing.assert_close(embeds, by_processor["object_embeds"], atol=1e-4, rtol=1e-4)
         logits = [model(**inputs).logits for inputs in (by_processor, by_model)]
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)

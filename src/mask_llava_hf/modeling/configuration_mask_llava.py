@@ -1,6 +1,7 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of Mask-LLaVA: LLaVA's, and how an image's tokens are composed."""
 
+import math
 import re
 from dataclasses import fields
 from typing import Any, Literal
@@ -76,19 +77,29 @@ class MaskLlavaConfig(LlavaConfig):
                 "A misspelled key would silently leave the default in place."
             )
         self.mask_inversion = {**defaults, **given}
+        if self.patch_statistics is not None:
+            self.patch_statistics = list(self.patch_statistics)  # as JSON gives it back
         super().__post_init__(**kwargs)
         self.image_seq_length = TokenLayout.from_config(self).max_tokens
 
     def validate_composition(self):
         """Checks the fields that decide which tokens an image has, and their scaling."""
-        check_integer("patch_grid_size", self.patch_grid_size, 1)
+        vision = self.vision_config
+        if not hasattr(vision, "hidden_size"):
+            raise ValueError(
+                f'`vision_config` has model_type "{vision.model_type}", which is no vision tower by itself. Give its '
+                'vision part: model_type "clip_vision_model".'
+            )
+        grid = vision.image_size // vision.patch_size if hasattr(vision, "patch_size") else None
+        check_integer("patch_grid_size", self.patch_grid_size, 1, grid)
         check_integer("max_object_tokens", self.max_object_tokens, 0)
         if (self.norm_scaling == "fixed") != (self.patch_statistics is not None):
             raise ValueError(
                 f'`norm_scaling`="{self.norm_scaling}" with `patch_statistics`={self.patch_statistics}: the two '
                 'numbers (mean, standard deviation) go with "fixed" and with nothing else.'
             )
-        if self.patch_statistics is not None and (len(self.patch_statistics) != 2 or self.patch_statistics[1] <= 0):
+        numbers = self.patch_statistics or [0.0, 1.0]
+        if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[1] <= 0:
             raise ValueError(f"`patch_statistics` must be (mean, standard deviation > 0), got {self.patch_statistics}.")
         if not isinstance(self.vision_feature_layer, int) and self.max_object_tokens > 0:
             raise ValueError(
@@ -135,10 +146,15 @@ class MaskLlavaConfig(LlavaConfig):
         if found != cls.model_type:
             raise ValueError(
                 f'This checkpoint has model_type "{found}", but {cls.__name__} reads "{cls.model_type}". Loading it '
-                "anyway would leave weights random under names that do not match. Convert it first: "
-                "`mask_llava_hf.conversion.convert`, or `mask-llava convert SOURCE TARGET`."
+                "anyway would leave weights random under names that do not match. Convert it first: `mask-llava "
+                "convert SOURCE TARGET`, in the version of this package that has the converters."
             )
-        return super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Arguments of `from_pretrained` are set as attributes after the checks of construction
+        config.image_seq_length = TokenLayout.from_config(config).max_tokens
+        config.validate()
+        return loaded
 
 
 __all__ = ["MaskLlavaConfig"]

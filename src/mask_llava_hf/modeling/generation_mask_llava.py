@@ -19,7 +19,8 @@ from .token_layout import TOKEN_KNOBS, TokenLayout
 logger = logging.get_logger(__name__)
 
 # Tensors aligned with the prompt that may accompany it.
-_ALIGNED_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "inputs_embeds")
+_ALIGNED_INPUTS = ("attention_mask", "token_type_ids", "mm_token_type_ids", "inputs_embeds")
+_OBJECT_INPUTS = ("object_embeds", "object_masks", "object_counts")
 
 
 class MaskLlavaGenerationMixin(GenerationMixin):
@@ -61,7 +62,7 @@ class MaskLlavaGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: a knob with a bad value, a budget beside another knob, or a drop that cannot be right (a cache
-                that already holds a part of the prompt, embeddings without ids, images that are already projected).
+                of the caller's, embeddings without ids, another grid for images that are already projected).
         """
         self._refuse_paged_cache(generation_config, kwargs)
         call = {
@@ -125,47 +126,48 @@ class MaskLlavaGenerationMixin(GenerationMixin):
         ids_name = "input_ids" if kwargs.get("inputs") is None else "inputs"
         ids = kwargs.get(ids_name)
         pixel_values, encoded = kwargs.get("pixel_values"), (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if level is None or (pixel_values is None and encoded is None):
-            image_in_prompt = ids is not None and bool((ids == self.config.image_token_id).any())
-            if level == 0 and image_in_prompt and _cache_length(kwargs) > 0:
-                raise ValueError(
-                    f"{_describe(call)} was given with a cache that already holds {_cache_length(kwargs)} positions: "
-                    "image tokens in a cache cannot be dropped. Cap in the first turn's processor call instead."
-                )
+        if pixel_values is None and encoded is None:
+            self._refuse_knobs_without_images(call, kwargs, ids)
+            return kwargs, None
+        if level is None:
             return kwargs, None
 
+        knobs = _describe((call, *configs)[level])
         before = self._image_token_counts(full, pixel_values, encoded, kwargs)
-        num_objects = [tokens - full.num_fixed_tokens for tokens in before]
-        after = [wanted.num_tokens(objects) for objects in num_objects]
+        after = [wanted.num_tokens(tokens - full.num_fixed_tokens) for tokens in before]
         if before == after:
             return kwargs, None
         if encoded is not None and wanted.patch_grid_size != full.patch_grid_size:
             raise ValueError(
-                f"{_describe(call if level == 0 else configs[level - 1])} asks for {wanted.patch_grid_size} x "
-                f"{wanted.patch_grid_size} patches, but `mm_encoder_outputs` holds images that are already projected "
-                f"with {full.patch_grid_size} x {full.patch_grid_size}. Encode them with "
-                "`get_image_features(..., patch_grid_size=...)`, or pass `pixel_values`."
+                f"{knobs} asks for {wanted.patch_grid_size} x {wanted.patch_grid_size} patches, but "
+                f"`mm_encoder_outputs` holds images that are already projected with {full.patch_grid_size} x "
+                f"{full.patch_grid_size}. Encode them with `get_image_features(..., patch_grid_size=...)`, or pass "
+                "`pixel_values`."
             )
         if ids is None or not ids.numel():
             raise ValueError(
                 "Image tokens can only be dropped where their placeholders are: pass `input_ids` beside "
-                "`inputs_embeds`, or leave out "
-                f"{_describe(call if level == 0 else configs[level - 1])} (also in the generation config)."
+                f"`inputs_embeds`, or leave out {knobs} (also in the generation config)."
             )
-        if _cache_length(kwargs) > 0:
+        if kwargs.get("past_key_values") is not None:
             raise ValueError(
-                f"A cache with {_cache_length(kwargs)} positions was given, and {sum(before) - sum(after)} image "
-                "tokens would have to be dropped from the prompt it belongs to: the two would no longer match. Cap in "
-                "the processor instead."
+                f"A cache (`past_key_values`) was given, and {knobs} drops {sum(before) - sum(after)} image tokens "
+                "from the prompt: the cache would hold fewer positions than the sequence that is returned, and "
+                "continuing from it would go wrong silently. Cap in the processor's call to keep a cache."
             )
 
+        # What `generate` would infer from the full prompt; from the cut one it could not tell our padding from the
+        # user's
+        config, _ = super()._prepare_generation_config(generation_config, **kwargs)
+        self._prepare_special_tokens(config, device=ids.device)
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is None:
-            attention_mask = self._default_attention_mask(ids, generation_config)
+            attention_mask = self._prepare_attention_mask_for_generation(ids, config, {})
         keep = placeholders_to_keep(ids == self.config.image_token_id, before, after)
         cut = PromptCut(keep, attention_mask)
-        kwargs = {**kwargs, ids_name: cut.apply(ids, fill=self._padding_id(generation_config))}
+        kwargs = {**kwargs, ids_name: cut.apply(ids, fill=self._padding_id(config))}
         kwargs["attention_mask"] = attention_mask
+        kwargs.pop("position_ids", None)  # they counted what is dropped; `generate` counts anew from the mask
         for name in _ALIGNED_INPUTS:
             if kwargs.get(name) is not None:
                 kwargs[name] = cut.apply(kwargs[name])
@@ -182,15 +184,36 @@ class MaskLlavaGenerationMixin(GenerationMixin):
             kwargs["patch_grid_size"] = wanted.patch_grid_size
         return kwargs, (ids, kwargs[ids_name])
 
+    def _refuse_knobs_without_images(
+        self, call: dict[str, Any], kwargs: dict[str, Any], ids: torch.Tensor | None
+    ) -> None:
+        """Text alone is fine; images that are in a cache or in embeddings already cannot be cut."""
+        for name in _OBJECT_INPUTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` was given without `pixel_values`; objects belong to an image.")
+        if not _describe(call):
+            return
+        if ids is None and kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                f"{_describe(call)} was given with `inputs_embeds` alone, in which image tokens cannot be told from "
+                "text. Pass `input_ids` and `pixel_values`, or merge fewer tokens."
+            )
+        if ids is not None and _cache_length(kwargs) and bool((ids == self.config.image_token_id).any()):
+            raise ValueError(
+                f"{_describe(call)} was given with a cache that already holds {_cache_length(kwargs)} positions: "
+                "image tokens in a cache cannot be dropped. Cap in the first turn's processor call instead."
+            )
+
     def _image_token_counts(self, full: TokenLayout, pixel_values, encoded, kwargs: dict[str, Any]) -> list[int]:
         """Tokens each image has before anything is dropped."""
         if encoded is not None:
             counts = [len(tokens) for tokens in encoded.pooler_output]
-            if any(count < full.num_fixed_tokens for count in counts):
+            fixed = getattr(encoded, "num_fixed_tokens", min([full.num_fixed_tokens, *counts]))
+            if fixed != full.num_fixed_tokens:
                 raise ValueError(
-                    f"`mm_encoder_outputs` holds images of {counts} tokens, fewer than the {full.num_fixed_tokens} "
-                    "of CLS and patches that every image of this model has, so its objects cannot be told apart. "
-                    "Encode the images without `patch_grid_size` to drop tokens later."
+                    f"`mm_encoder_outputs` holds images of {counts} tokens with {fixed} of CLS and patches, where this "
+                    f"model's have {full.num_fixed_tokens}, so their objects cannot be told apart. Encode the images "
+                    "without `patch_grid_size` to drop tokens later."
                 )
             return counts
         objects = kwargs.get("object_counts")
@@ -203,29 +226,29 @@ class MaskLlavaGenerationMixin(GenerationMixin):
             )
         return [full.num_fixed_tokens + count for count in objects.tolist()]
 
-    def _default_attention_mask(self, ids: torch.Tensor, generation_config: GenerationConfig | None) -> torch.Tensor:
-        # What `generate` infers from the full prompt; from the cut one it could not tell our padding from the user's
-        config, _ = super()._prepare_generation_config(generation_config)
-        self._prepare_special_tokens(config, device=ids.device)
-        return self._prepare_attention_mask_for_generation(ids, config, {})
-
-    def _padding_id(self, generation_config: GenerationConfig | None) -> int:
-        configs = (generation_config, self.generation_config, self.config.get_text_config())
-        known = (getattr(config, "pad_token_id", None) for config in configs)
-        return next((token_id for token_id in known if token_id is not None), 0)  # never attended to
+    def _padding_id(self, config: GenerationConfig) -> int:
+        known = [config.pad_token_id, self.config.get_text_config().pad_token_id]
+        # Without one any id will do, as padding is never attended to, except that of an image
+        fallback = 0 if self.config.image_token_id != 0 else 1
+        return next((i for i in known if i is not None and i != self.config.image_token_id), fallback)
 
     def _shift_length_limits(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], num_dropped: int
     ) -> tuple[GenerationConfig | None, dict[str, Any]]:
         # `max_length` and `min_length` count the prompt the user gave, `generate` the shortened one
         generation_config, kwargs = copy.deepcopy(generation_config), dict(kwargs)
-        for name in ("max_length", "min_length"):
-            if kwargs.get(name) is not None:
-                kwargs[name] = max(kwargs[name] - num_dropped, 0)
-            elif generation_config is not None and getattr(generation_config, name) is not None:
-                setattr(generation_config, name, max(getattr(generation_config, name) - num_dropped, 0))
-            elif getattr(self.generation_config, name) is not None:
-                kwargs[name] = max(getattr(self.generation_config, name) - num_dropped, 0)
+        given = {} if generation_config is None else vars(generation_config)
+        for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            if kwargs.get(new) is not None or given.get(new) is not None:
+                continue  # which counts new tokens alone and goes before the limit
+            limits = (kwargs.get(name), given.get(name), getattr(self.generation_config, name))
+            limit = next((limit for limit in limits if limit is not None), None)
+            if limit is None:
+                continue
+            if kwargs.get(name) is not None or generation_config is None:
+                kwargs[name] = max(limit - num_dropped, 0)
+            else:
+                setattr(generation_config, name, max(limit - num_dropped, 0))
         return generation_config, kwargs
 
 

@@ -17,7 +17,7 @@ from .configuration_mask_llava import MaskLlavaConfig
 from .generation_mask_llava import MaskLlavaGenerationMixin
 from .object_embedding import embed_masks, required_hidden_states
 from .token_composition import compose_tokens
-from .token_layout import TokenLayout, check_integer
+from .token_layout import TOKEN_KNOBS, TokenLayout, check_integer
 
 
 logger = logging.get_logger(__name__)
@@ -117,15 +117,9 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
             pixel_values, vision_feature_layer, object_embeds, object_masks, object_counts, patch_grid_size, **kwargs
         )
         num_fixed = tokens.shape[1] - self._num_object_slots(object_embeds, object_masks)
-        if torch.compiler.is_compiling():
-            # Ragged lists are data-dependent. One fixed-shape tensor with all real tokens first does as well: the
-            # scatter into the placeholders reads only as many rows as there are placeholders.
-            valid = torch.arange(tokens.shape[1], device=tokens.device) < num_fixed + counts[:, None]
-            order = torch.sort(valid.flatten().logical_not(), stable=True).indices
-            outputs.pooler_output = [tokens.flatten(0, 1)[order]]
-        else:
-            lengths = [num_fixed + count for count in counts.tolist()]
-            outputs.pooler_output = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        lengths = [num_fixed + count for count in counts.tolist()]
+        outputs.pooler_output = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        outputs.num_fixed_tokens = num_fixed  # tells objects from patches, whatever the grid was
         return outputs
 
     def _encode_images(
@@ -142,8 +136,8 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         self._check_object_inputs(pixel_values, layers, object_embeds, object_masks, object_counts)
         wanted = [layers] if isinstance(layers, int) else list(layers)
-        if object_masks is not None:
-            wanted += required_hidden_states(self.config)
+        if isinstance(layers, int) and object_masks is not None and object_masks.shape[1]:
+            wanted += required_hidden_states(self.config, layers)
         if not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = wanted  # only these are kept alive
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -153,8 +147,9 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
             else torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
         )
         self._check_tower_has_cls(features, pixel_values)
-        if object_masks is not None:
-            object_embeds = embed_masks(self.vision_tower, outputs.hidden_states, object_masks, self.config)
+        if isinstance(layers, int) and object_masks is not None and object_masks.shape[1]:
+            states = outputs.hidden_states
+            object_embeds = embed_masks(self.vision_tower, states, object_masks, self.config, layers)
 
         layout = TokenLayout.from_config(self.config)
         if patch_grid_size is not None:
@@ -206,6 +201,23 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
                 f"`vision_feature_layer`={layers} concatenates several layers, while an object embedding has the width "
                 "of one. Use a single layer, or no objects (`max_object_tokens=0`)."
             )
+        if objects.shape[1] > self.config.max_object_tokens:
+            raise ValueError(
+                f"`{name}` has {objects.shape[1]} objects per image, but this model has `max_object_tokens`="
+                f"{self.config.max_object_tokens}. Call the processor with at most that many, or raise the config's."
+            )
+        if object_masks is not None:
+            side = tuple(pixel_values.shape[-2:])
+            if object_masks.ndim != 4 or tuple(object_masks.shape[-2:]) != side:
+                raise ValueError(
+                    f"`object_masks` has shape {tuple(object_masks.shape)}, expected (images, objects, {side[0]}, "
+                    f"{side[1]}): the frame of `pixel_values`, in which the model would read them. Masks of the "
+                    "original image go to the processor (`masks=`), which brings them there."
+                )
+            if object_masks.dtype not in (torch.bool, torch.uint8):
+                raise ValueError(
+                    f"`object_masks` has dtype {object_masks.dtype}, expected bool or uint8 zeros and ones."
+                )
         if object_embeds is not None and object_embeds.shape[1]:
             width = self.config.vision_config.hidden_size
             if object_embeds.shape[-1] != width:
@@ -231,19 +243,23 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
         """Where image tokens go: bool (B, L, 1), checked against the number of `image_features` (n, text width)."""
-        mask = self._placeholder_positions(input_ids, inputs_embeds)
-        if torch.compiler.is_compiling():
-            return mask.unsqueeze(-1)  # `image_features` ends in rows without meaning; `forward` has checked the tally
-        found = int(mask.sum())
-        if found != len(image_features):
-            layout = TokenLayout.from_config(self.config)
-            raise ValueError(
-                f"The text has {found} image placeholders (id {self.config.image_token_id}), but the images give "
-                f"{len(image_features)} tokens. This model makes {layout.num_cls_tokens} CLS + "
-                f"{layout.num_patch_tokens} patches + the objects counted in `object_counts` per image. Was the text "
-                "processed with other objects, another `max_object_tokens` or `patch_grid_size`, or cut? Pass text "
-                "and images through one processor call."
-            )
+        return self._checked_placeholders(input_ids, inputs_embeds, len(image_features))
+
+    def _checked_placeholders(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor, num_tokens: int | torch.Tensor
+    ) -> torch.Tensor:
+        mask = self._placeholder_positions(input_ids, inputs_embeds).to(inputs_embeds.device)
+        found, layout = mask.sum(), TokenLayout.from_config(self.config)
+        torch_compilable_check(
+            found == num_tokens,
+            lambda: (
+                f"The text has {int(found)} image placeholders (id {self.config.image_token_id}), but the images give "
+                f"{int(num_tokens)} tokens. This model makes {layout.num_cls_tokens} CLS + {layout.num_patch_tokens} "
+                "patches + the objects counted in `object_counts` per image. Was the text processed with other "
+                "objects, another `max_object_tokens` or `patch_grid_size`, or cut? Pass text and images through one "
+                "processor call."
+            ),
+        )
         return mask.unsqueeze(-1)
 
     def _placeholder_positions(
@@ -255,6 +271,7 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token_id)).all(-1)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -278,49 +295,91 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
             mm_encoder_outputs: `{"image": get_image_features(...)}` in place of `pixel_values`; the image's other
                 inputs are then already in it.
 
+        Returns:
+            As `LlavaModel.forward`. `image_hidden_states` (n, text width) begins with the tokens of all images in
+            order; where images have fewer objects than slots, rows without meaning follow.
+
         Raises:
             ValueError: placeholders and image tokens differ in number, or inputs that exclude each other.
         """
-        if mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
-            given = {"pixel_values": pixel_values, "patch_grid_size": patch_grid_size}
-            for name, value in given.items():
-                if value is not None:
-                    raise ValueError(
-                        f"`{name}` and `mm_encoder_outputs` were both given. The latter holds images that are already "
-                        "encoded and projected, so the former could not have any effect."
-                    )
-        elif pixel_values is not None:
+        encoded = None if mm_encoder_outputs is None else mm_encoder_outputs.get("image")
+        own_inputs = {
+            "pixel_values": pixel_values,
+            "object_embeds": object_embeds,
+            "object_masks": object_masks,
+            "object_counts": object_counts,
+            "patch_grid_size": patch_grid_size,
+        }
+        given = [name for name, value in own_inputs.items() if value is not None]
+        if encoded is not None and given:
+            raise ValueError(
+                f"`{given[0]}` and `mm_encoder_outputs` were both given. The latter holds images that are already "
+                "encoded and projected, so the former could not have any effect."
+            )
+        if given and pixel_values is None:
+            raise ValueError(f"`{given[0]}` was given without `pixel_values`; objects and patches belong to an image.")
+
+        tokens = None
+        if pixel_values is not None:
             if self.training and object_embeds is not None:
                 self._warn_if_embeddings_go_stale()
-            image = self.get_image_features(
+            inputs_embeds, tokens = self._embed_with_images(
+                input_ids,
+                inputs_embeds,
                 pixel_values,
-                vision_feature_layer=vision_feature_layer,
-                object_embeds=object_embeds,
-                object_masks=object_masks,
-                object_counts=object_counts,
-                patch_grid_size=patch_grid_size,
-                return_dict=True,
+                vision_feature_layer,
+                object_embeds,
+                object_masks,
+                object_counts,
+                patch_grid_size,
             )
-            mm_encoder_outputs = {"image": image}
-            if torch.compiler.is_compiling():
-                slots = self._num_object_slots(object_embeds, object_masks)
-                num_fixed = len(image.pooler_output[0]) - len(pixel_values) * slots
-                num_objects = 0 if object_counts is None else object_counts.sum()
-                found = self._placeholder_positions(input_ids, inputs_embeds).sum()
-                torch_compilable_check(found == num_fixed + num_objects, "image placeholders and tokens differ")
-        elif self.training and torch.is_grad_enabled() and self._image_path_is_trainable():
+            input_ids = None
+        elif encoded is None and self.training and torch.is_grad_enabled() and self._image_path_is_trainable():
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
             inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
             **kwargs,
         )
+        if tokens is not None:
+            outputs.image_hidden_states = tokens
+        return outputs
+
+    def _embed_with_images(
+        self,
+        input_ids,
+        inputs_embeds,
+        pixel_values,
+        layers,
+        object_embeds,
+        object_masks,
+        object_counts,
+        patch_grid_size,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L, text width) embeddings with image tokens in place, and the tokens, real ones first.
+
+        Shapes do not depend on counts, which keeps the forward pass one graph: the scatter reads only as many rows as
+        there are placeholders.
+        """
+        _, tokens, counts = self._encode_images(
+            pixel_values, layers, object_embeds, object_masks, object_counts, patch_grid_size
+        )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        tokens, counts = tokens.to(inputs_embeds.device, inputs_embeds.dtype), counts.to(inputs_embeds.device)
+        num_fixed = tokens.shape[1] - self._num_object_slots(object_embeds, object_masks)
+        valid = torch.arange(tokens.shape[1], device=tokens.device) < num_fixed + counts[:, None]
+        real_first = torch.sort(valid.flatten().logical_not(), stable=True).indices
+        tokens = tokens.flatten(0, 1)[real_first]
+        placeholders = self._checked_placeholders(input_ids, inputs_embeds, valid.sum())
+        return inputs_embeds.masked_scatter(placeholders, tokens), tokens
 
     def _image_path_is_trainable(self) -> bool:
         modules = (self.vision_tower, self.multi_modal_projector)
@@ -333,7 +392,7 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         size = (1, vision.num_channels, vision.image_size, vision.image_size)
         blank = torch.zeros(size, dtype=self.vision_tower.dtype, device=self.vision_tower.device)
         tokens = torch.cat(self.get_image_features(blank, return_dict=True).pooler_output)
-        return (tokens.sum() * 0).to(like.device, like.dtype)
+        return (tokens * 0).sum().to(like.device, like.dtype)  # not sum * 0: a 16-bit sum can overflow to NaN
 
     def _warn_if_embeddings_go_stale(self) -> None:
         if any(p.requires_grad for p in self.vision_tower.parameters()):
@@ -355,15 +414,34 @@ class MaskLlavaForConditionalGeneration(
         self.model = MaskLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        # A generation config marked as derived from the model config drops custom keys such as `max_object_tokens`
-        # when it is loaded again
-        self.generation_config._from_model_config = None
+
+    def save_pretrained(self, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; `generation_config.json` keeps `max_object_tokens` and its siblings."""
+        if any(getattr(self.generation_config, knob, None) is not None for knob in TOKEN_KNOBS):
+            # A config marked as derived from the model's drops custom keys when it is loaded again
+            self.generation_config._from_model_config = None
+        return super().save_pretrained(*args, **kwargs)
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        object_embeds: torch.Tensor | None = None,
+        object_masks: torch.Tensor | None = None,
+        object_counts: torch.Tensor | None = None,
+        patch_grid_size: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`MaskLlavaModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(
+            pixel_values,
+            vision_feature_layer=vision_feature_layer,
+            object_embeds=object_embeds,
+            object_masks=object_masks,
+            object_counts=object_counts,
+            patch_grid_size=patch_grid_size,
+            **kwargs,
+        )
 
     def forward(
         self,

@@ -17,9 +17,9 @@ from .mask_inversion import invert_masks
 LAST_BLOCK_INPUT = -2
 
 
-def required_hidden_states(config: MaskLlavaConfig) -> list[int]:
-    """Indices into the tower's `hidden_states` that `embed_masks` reads."""
-    return [LAST_BLOCK_INPUT] if config.object_embedding == "mask_inversion" else [config.vision_feature_layer]
+def required_hidden_states(config: MaskLlavaConfig, layer: int) -> list[int]:
+    """Indices into the tower's `hidden_states` that `embed_masks` reads; `layer` is the features' own."""
+    return [LAST_BLOCK_INPUT] if config.object_embedding == "mask_inversion" else [layer]
 
 
 @torch.no_grad()
@@ -28,6 +28,7 @@ def embed_masks(
     hidden_states: Mapping[int, torch.Tensor] | tuple[torch.Tensor, ...],
     masks: torch.Tensor,
     config: MaskLlavaConfig,
+    layer: int,
 ) -> torch.Tensor:
     """One embedding per mask, by the method `config.object_embedding` names.
 
@@ -37,12 +38,13 @@ def embed_masks(
         masks: (I, N, H, W) bool or uint8, in the frame of the tower's square input. All-zero masks are slots without
             an object.
         config: gives the method and its settings.
+        layer: index of the patch features, usually `config.vision_feature_layer`; mask pooling averages these.
 
     Returns:
         (I, N, D) float32 without gradient; zeros for all-zero masks.
     """
     if config.object_embedding == "mask_pooling":
-        return pool_masks(hidden_states[config.vision_feature_layer][:, 1:], masks)
+        return pool_masks(hidden_states[layer][:, 1:], masks)
     settings = config.mask_inversion_settings()
     return invert_masks(vision_tower, hidden_states[LAST_BLOCK_INPUT], masks.bool(), settings).embeddings
 
@@ -58,7 +60,8 @@ def pool_masks(patches: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         (I, N, D) float32; zeros for an all-zero mask.
     """
     grid = round(patches.shape[1] ** 0.5)
-    coverage = F.adaptive_avg_pool2d(masks.to(patches.device, torch.float32), grid).flatten(2)  # (I, N, G * G)
-    total = coverage.sum(-1, keepdim=True)
-    weights = coverage / total.masked_fill(total == 0, 1)
-    return weights @ patches.float()
+    with torch.autocast(patches.device.type, enabled=False):  # as MaskInversion: one embedding wherever it is made
+        coverage = F.adaptive_avg_pool2d(masks.to(patches.device, torch.float32), grid).flatten(2)  # (I, N, G * G)
+        total = coverage.sum(-1, keepdim=True)
+        weights = coverage / total.masked_fill(total == 0, 1)
+        return weights @ patches.float()

@@ -82,18 +82,23 @@ def compose_tokens(
         object_embeds: (I, N, D) or None for no objects. Constants: no gradient flows into them.
         layout: which streams there are, and the patch grid.
         norm_scaling: "per_image", "fixed" or "none"; see `MaskLlavaConfig`.
-        fixed_statistics: (mean, standard deviation) for "fixed".
+        fixed_statistics: (mean, standard deviation) for "fixed", else None.
 
     Returns:
         (I, `layout.num_fixed_tokens` + N, D) in the dtype of `features`. Rows of images with fewer than N objects end
         in slots without meaning; the caller cuts them off by its counts.
+
+    Raises:
+        ValueError: "fixed" without numbers.
     """
     cls_token, patches = features[:, :1], features[:, 1:]
-    mean, std = patch_statistics(patches) if norm_scaling == "per_image" else (fixed_statistics or (0.0, 1.0))
+    if norm_scaling == "fixed" and fixed_statistics is None:
+        raise ValueError('`norm_scaling`="fixed" needs `patch_statistics`, (mean, standard deviation), but has None.')
+    statistics = patch_statistics(patches) if norm_scaling == "per_image" else fixed_statistics
 
     def scaled(tokens: torch.Tensor) -> torch.Tensor:
-        if norm_scaling != "none":
-            tokens = scale_to_statistics(tokens, mean, std)
+        if statistics is not None:
+            tokens = scale_to_statistics(tokens, *statistics)
         return tokens.to(features.dtype)
 
     streams = [pool_patches(patches, layout.patch_grid_size)]

@@ -4,11 +4,10 @@ Objects come in keep order, so every prefix of an image's objects is a good set 
 placeholders of an image share one id; which of them go is therefore only a matter of position, and the last ones do.
 """
 
-from dataclasses import dataclass
+import itertools
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from .token_layout import TOKEN_KNOBS, TokenLayout
 
@@ -51,7 +50,7 @@ def placeholders_to_keep(
     for before in tokens_before:
         position += before
         boundaries.add(position)
-    row_ends = [sum(per_row[: row + 1]) for row in range(len(per_row))]
+    row_ends = list(itertools.accumulate(per_row))
     if position != sum(per_row) or not set(row_ends) <= boundaries:
         raise ValueError(
             f"The prompt has {per_row} image placeholders per row, but the images have {tokens_before} tokens, which "
@@ -65,33 +64,29 @@ def placeholders_to_keep(
     return keep
 
 
-@dataclass(frozen=True)
 class PromptCut:
     """Removes the same positions from every tensor that is aligned with the prompt, and pads left to one length.
 
-    Attributes:
+    Padding on the left is laid anew, as short as the longest row allows; padding anywhere else stays.
+
+    Args:
         keep: (B, L) bool, positions that stay.
-        attention_mask: (B, L) int, the prompt's own.
+        attention_mask: (B, L), the prompt's own.
     """
 
-    keep: torch.Tensor
-    attention_mask: torch.Tensor
-
-    @property
-    def length(self) -> int:
-        """The common length afterwards: the longest row of attended tokens with what stands between and after them."""
-        return max(int(length) for length in self._row_lengths())
-
-    def _row_lengths(self) -> list[int]:
-        kept_mask = [self.attention_mask[row][self.keep[row]] for row in range(len(self.keep))]
-        return [len(mask) - int(mask.ne(0).int().argmax()) if mask.any() else 0 for mask in kept_mask]
+    def __init__(self, keep: torch.Tensor, attention_mask: torch.Tensor):
+        leading_padding = attention_mask.ne(0).cumsum(1).eq(0).to(keep.device)
+        keep = keep & ~leading_padding
+        lengths = keep.sum(1, keepdim=True)
+        self.length = int(lengths.max())
+        # Stable: kept positions move to the right end of their row in their order, dropped ones to the left
+        order = torch.sort(keep.to(torch.uint8), dim=1, stable=True).indices
+        self._source = order[:, keep.shape[1] - self.length :]  # (B, length)
+        self._is_padding = torch.arange(self.length, device=keep.device) < self.length - lengths
 
     def apply(self, tensor: torch.Tensor, fill: float = 0) -> torch.Tensor:
         """(B, L, ...) -> (B, `length`, ...), new positions on the left holding `fill`."""
-        rows = []
-        for row, length in zip(range(len(self.keep)), self._row_lengths(), strict=True):
-            kept = tensor[row][self.keep[row].to(tensor.device)]
-            kept = kept[len(kept) - length :]  # without the padding on the left, which is laid anew
-            pad = [0, 0] * (kept.ndim - 1) + [self.length - length, 0]
-            rows.append(F.pad(kept, pad, value=fill))
-        return torch.stack(rows)
+        source, is_padding = self._source.to(tensor.device), self._is_padding.to(tensor.device)
+        trailing = (1,) * (tensor.ndim - 2)
+        cut = tensor.gather(1, source.reshape(*source.shape, *trailing).expand(*source.shape, *tensor.shape[2:]))
+        return cut.masked_fill(is_padding.reshape(*is_padding.shape, *trailing), fill)

@@ -96,8 +96,9 @@ class TokenLayout:
             max_object_tokens: keep at most this many objects (>= 0); more than there are is no error.
             patch_grid_size: pool the patches to this grid (1..g).
             max_visual_tokens: a budget B (>= 1) for the whole image, excluding the other two. Of g and the grids 6, 4,
-                3, 2, 1 below it, the largest g' with CLS + g' * g' + 5 <= B is taken, and what is left goes to
-                objects. A budget too small for any grid keeps CLS and objects.
+                3, 2, 1 below it, the largest g' with CLS + g' * g' + 5 <= B is taken (fewer than 5 where the layout
+                has fewer objects), and what is left goes to objects. A budget too small for any grid keeps CLS and
+                objects.
 
         Raises:
             ValueError: a bool, a float, a value out of range, or a budget given together with another knob.
@@ -123,6 +124,6 @@ class TokenLayout:
         grids = [self.patch_grid_size, *(g for g in _COARSER_GRIDS if g < self.patch_grid_size)]
         for grid in grids:
             left = budget - self.num_cls_tokens - grid**2
-            if left >= _MIN_OBJECTS_BESIDE_PATCHES:
+            if left >= min(_MIN_OBJECTS_BESIDE_PATCHES, self.max_object_tokens):
                 return TokenLayout(self.use_cls_token, grid, min(left, self.max_object_tokens))
         return TokenLayout(self.use_cls_token, 0, min(budget - self.num_cls_tokens, self.max_object_tokens))

@@ -36,12 +36,13 @@ class MaskEmbedder:
         Returns:
             (I, N, D) float32 on the CPU, no inference tensor; zeros for empty slots.
         """
-        device, layers = self._device(), required_hidden_states(self.config)
+        device, layer = self._device(), self.config.vision_feature_layer
+        layers = required_hidden_states(self.config, layer)
         result = []
         for pixels, slots in zip(pixel_values.split(_IMAGES_PER_PASS), masks.split(_IMAGES_PER_PASS), strict=True):
             pixels = pixels.to(device, self.vision_tower.dtype)
             states = self.vision_tower(pixels, output_hidden_states=layers, return_dict=True).hidden_states
-            result.append(embed_masks(self.vision_tower, states, slots.to(device), self.config).cpu())
+            result.append(embed_masks(self.vision_tower, states, slots.to(device), self.config, layer).cpu())
         with torch.inference_mode(False):  # training code may use what is made here
             return torch.cat(result).clone()
 
