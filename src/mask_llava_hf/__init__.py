@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Mask-LLaVA (arXiv 2602.04864) as native Hugging Face Transformers classes.
 
 Importing this package registers them: `AutoModelForImageTextToText`, `AutoProcessor`, `pipeline("image-text-to-text")`

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Pictures of objects over their image. They are returned, never shown or saved; PIL is all that is needed."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Makes Transformers' Auto classes, and what looks classes up by name, know Mask-LLaVA. Runs once, on import."""
 
 from transformers import (

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mask_llava_hf import ImageObjects, MaskLlavaProcessor
 from mask_llava_hf.processing import part_sources
+from mask_llava_hf.processing.part_sources import PartSource
 from mask_llava_hf.processing.vision_towers import fingerprint_weights
 from mask_llava_hf.testing import tiny_image_processor, tiny_tokenizer
 
@@ -177,6 +178,28 @@ def test_a_missing_tower_is_missed_before_anything_is_loaded(tiny_checkpoint, tm
     with pytest.raises(ValueError, match="no `config.json`"):
         AutoProcessor.from_pretrained(tmp_path).find_objects(photo)
     assert not part_sources._parts
+
+
+def test_parts_of_a_hub_checkpoint_are_fetched_once(tiny_checkpoint, photo, monkeypatch):
+    fetched = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        fetched.append((repository, revision, allow_patterns[0]))
+        return str(tiny_checkpoint)
+
+    monkeypatch.setattr(part_sources, "_parts", {})
+    monkeypatch.setattr(part_sources, "snapshot_download", snapshot_download)
+    processor = AutoProcessor.from_pretrained(tiny_checkpoint, object_settings={"mask_inversion": "model"})
+    processor._checkpoint = PartSource.of("someone/mask-llava", "abc")
+    for _ in range(2):
+        assert processor(images=photo, text=TEXT)["object_counts"].item() > 0
+    assert fetched == [("someone/mask-llava", "abc", "detector"), ("someone/mask-llava", "abc", "segmenter")]
+
+
+def test_a_checkpoint_in_a_subfolder_finds_its_parts(tiny_checkpoint, tmp_path, photo):
+    shutil.copytree(tiny_checkpoint, tmp_path / "inner")
+    processor = AutoProcessor.from_pretrained(tmp_path, subfolder="inner")
+    assert processor(images=photo, text=TEXT)["object_counts"].item() > 0
 
 
 def test_unload_forgets_and_looks_for_nothing():

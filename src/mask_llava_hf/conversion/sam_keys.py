@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Weight names of the segment-anything package, renamed to those of Transformers' `SamModel`."""
 
 import re

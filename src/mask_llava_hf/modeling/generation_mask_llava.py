@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """`generate` with a say in how many tokens an image costs.
 
 Inside `generate` the prompt, its mask and the image features can be cut together only before anything is prepared, so

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """MaskInversion: one embedding per mask from a frozen CLIP vision tower, in closed form.
 
 For each mask an embedding is sought whose explanation map (LeGrad, arXiv 2404.03214) over the image matches the mask:

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """The last block of a CLIP vision tower, differentiated by hand around one image.
 
 MaskInversion (arXiv 2407.20034) needs two things from the tower: the LeGrad map (arXiv 2404.03214) of an embedding e,

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Mask-LLaVA (arXiv 2602.04864): Transformers' LLaVA with three streams of visual tokens. Only what differs is here."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """From masks in the tower's frame to one embedding per mask, by either of the two methods a checkpoint may use.
 
 The processor and the model call the same function, so that an object has the same embedding wherever it was made.

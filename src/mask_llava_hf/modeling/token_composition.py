@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """From features to an image's token sequence: pooling, norm scaling, and the three streams in order.
 
 All functions take features of the tower's width D before the projector, and keep static shapes (no data-dependent

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Takes image tokens out of a prompt before the prefill: pure functions on ids, masks and features.
 
 Objects come in keep order, so every prefix of an image's objects is a good set and dropping cuts the tail. All

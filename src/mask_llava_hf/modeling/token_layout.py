@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """How many tokens stand for an image, of which kind, in which order. Nothing else in this package counts tokens.
 
 An image is `1 CLS + g * g patches (row-major) + n objects (keep order)`: 1 + 36 + 20 = 57 tokens by default, where

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """What blocks of chats say about images and their objects."""
 
 from collections.abc import Mapping, Sequence

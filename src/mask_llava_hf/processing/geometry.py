@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """The way from the upright original image to the vision tower's square input, for boxes and for masks.
 
 Pixels take this way inside Transformers' LLaVA image processor; here boxes and masks follow them, by the same settings

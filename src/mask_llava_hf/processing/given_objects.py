@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Reads what the user says about objects: one entry per image, in any of the layouts that images come in."""
 
 from collections.abc import Callable, Mapping, Sequence

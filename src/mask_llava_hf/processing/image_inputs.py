@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Images in all the forms and layouts people pass them, as upright RGB pictures."""
 
 import base64

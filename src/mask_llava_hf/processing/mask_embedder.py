@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Embeds masks in the processor, with the vision tower of a checkpoint and without the rest of its model."""
 
 from dataclasses import dataclass

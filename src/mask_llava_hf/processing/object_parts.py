@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """The heavy parts of one processor: found by its settings, loaded when first needed, shared through the part cache."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """From pictures to objects in keep order, and to the tensors the model reads. What a cap drops is not computed."""
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """The settings a processor saves about objects: where its parts come from, and how objects are made and counted."""
 
 from collections.abc import Callable, Mapping

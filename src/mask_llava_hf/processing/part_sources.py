@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Where a processor's parts come from, and one cache for all that are loaded.
 
 Parts (detector, segmenter, vision tower) are models. They are not kept on the processor, which is saved as JSON,
@@ -6,6 +7,7 @@ process, and loaded anew when their files have changed.
 """
 
 import os
+import posixpath
 import shutil
 import tempfile
 import threading
@@ -90,6 +92,7 @@ def download(source: PartSource) -> PartSource:
         repository, inside, part = source.location.partition("/./")
         if not inside:
             return source
+        part = posixpath.normpath(part)
         root = snapshot_download(repository, revision=source.revision, allow_patterns=[part, f"{part}/*"])
         source = PartSource(os.path.join(root, part))
     if not os.path.exists(source.location):

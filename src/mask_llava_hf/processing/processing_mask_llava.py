@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Processor of Mask-LLaVA: text and images, and the objects in the images, to model inputs."""
 
 import os
@@ -83,8 +84,10 @@ class MaskLlavaProcessor(ProcessorMixin):
         changes = kwargs.pop("object_settings", None)  # the base class would replace all, and save it in the tokenizer
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, revision=revision, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
-        location = os.path.join(os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        processor._checkpoint = PartSource.of(location.rstrip("/"), revision)
+        location, subfolder = os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder")
+        if subfolder:
+            location = f"{location}/./{subfolder}"  # a part of the repository or folder, to `PartSource`
+        processor._checkpoint = PartSource.of(location, revision)
         if changes:
             settings = {**processor.object_settings, **changes}
             processor.object_settings = ObjectSettings.from_dict(settings).to_dict()

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Finds and reads the vision tower of a checkpoint, and tells what embeddings made with it depend on."""
 
 import hashlib

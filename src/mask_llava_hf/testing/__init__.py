@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Small models with random weights, for tests, the demo and users' own continuous integration. Nothing is downloaded.
 
 Every part is real (the same classes, the same file formats), only tiny and untrained: a whole chain from photograph to

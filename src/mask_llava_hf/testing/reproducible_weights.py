@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Random weights that depend on their seed alone, and carry signals through narrow models."""
 
 from collections.abc import Iterator

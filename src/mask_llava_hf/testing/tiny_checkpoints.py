@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Mask-LLaVA itself, small and random, and a whole checkpoint folder with all its parts."""
 
 import os

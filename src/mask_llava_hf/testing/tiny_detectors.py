@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Object detectors with random weights and heads that are steered to diverse boxes."""
 
 from collections.abc import Callable

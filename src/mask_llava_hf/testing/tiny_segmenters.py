@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Promptable segmenters with a random image encoder and a mask decoder set by hand, whose masks follow the boxes."""
 
 from typing import Any, Literal

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """A small tokenizer trained in memory, and the chat template that goes with it."""
 
 from functools import cache

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Objects of images by any detector that Transformers' `AutoModelForObjectDetection` loads."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """`ImageObjects`: the objects of one image, the value that passes between detection, segmentation, order and embedding.
 
 Connectors bring other sources into it: plain boxes and masks, COCO run-length encoding, the output of Transformers'

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Masks in the forms people have them: arrays of zeros and ones, COCO run-length encoding, and boxes around them."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """The keep order of an image's objects: every prefix of it is a good choice of that many objects."""
 
 from fractions import Fraction

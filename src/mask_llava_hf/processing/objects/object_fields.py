@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Checks of the fields of `ImageObjects`: each returns the field in its one form, or says what is wrong with it."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Masks from boxes by models of the Segment Anything family.
 
 Each box gives one mask, by the decoder's single-mask output (`multimask_output=False`): a box leaves little of the
