@@ -40,12 +40,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max-new-tokens", type=int, default=24, help="length of the answer")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the pictures")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.max_object_tokens < 0 or options.max_new_tokens < 1:
+        parser.error("--max-object-tokens must be at least 0 and --max-new-tokens at least 1")
+    if options.image is not None and "://" not in options.image and not Path(options.image).is_file():
+        parser.error(f"--image: there is no file {options.image!r}")
+    return options
 
 
 def open_image(source: str | None) -> Image.Image:
     if source is not None:
-        return load_image(source)
+        return load_image(source) if "://" in source else Image.open(source)
     try:
         from skimage import data
     except ImportError as error:

@@ -62,6 +62,11 @@ def draw_objects(image: Any, objects: ImageObjects, keep: int | None = None, *, 
     Raises:
         ValueError: objects of an image of another size, or a `keep` or `min_side` that is not an integer >= 0.
     """
+    if not isinstance(objects, ImageObjects):
+        raise ValueError(
+            f"`objects` is a {type(objects).__name__}, expected the ImageObjects of this image. `find_objects` returns "
+            "a list with one per image: pass an entry of it."
+        )
     kept = len(objects) if keep is None else min(check_integer("keep", keep, 0), len(objects))
     upright = upright_rgb(image)
     if objects.image_hw != (upright.height, upright.width):

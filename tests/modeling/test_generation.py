@@ -299,6 +299,15 @@ def test_a_budget_beside_a_count(model):
         model.generate(**single(), **NEW, max_visual_tokens=9, max_object_tokens=1)
 
 
+def test_limits_and_masks_that_do_not_fit_the_prompt(model):
+    inputs = single()
+    with pytest.raises(ValueError, match="`max_length`=15 leaves no room .* of 17 tokens"):
+        model.generate(**inputs, max_length=15, max_object_tokens=0)
+    inputs["attention_mask"] = torch.ones(1, 1, 17, 17)
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 17, 17\), expected \(1, 17\)"):
+        model.generate(**inputs, **NEW, max_object_tokens=0)
+
+
 def test_misspelled_arguments(model):
     with pytest.raises(ValueError, match="max_objekt_tokens"):
         model.generate(**single(), **NEW, max_objekt_tokens=1)

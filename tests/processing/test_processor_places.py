@@ -54,7 +54,7 @@ def test_another_working_directory_changes_nothing(copied, photo, monkeypatch, t
     monkeypatch.chdir("/")
     for processor in processors:
         embed(processor, photo)
-    assert len([key for key in part_sources._parts if key[0] != "tower place"]) == 2  # one tower, one segmenter
+    assert len([key for key in part_sources._parts if key[0] != "tower location"]) == 2  # one tower, one segmenter
 
 
 def test_a_checkpoint_saved_anew_is_loaded_anew(copied, photo):
@@ -160,7 +160,10 @@ def test_the_fingerprint_ignores_precision_and_notices_training(tiny_checkpoint,
     optimizer = torch.optim.SGD(tower.parameters(), lr=1e-3)
     tower(torch.randn(1, 3, 168, 168)).last_hidden_state.square().mean().backward()
     optimizer.step()
-    assert fingerprint_weights(tower) != fingerprint
+    trained = fingerprint_weights(tower)
+    assert trained != fingerprint
+    tower.encoder.layers[0].mlp.fc1.weight.data = -tower.encoder.layers[0].mlp.fc1.weight.data
+    assert fingerprint_weights(tower) != trained
 
 
 def test_loading_a_tower_does_not_move_the_random_generator(processor, photo):
@@ -200,6 +203,27 @@ def test_a_checkpoint_in_a_subfolder_finds_its_parts(tiny_checkpoint, tmp_path, 
     shutil.copytree(tiny_checkpoint, tmp_path / "inner")
     processor = AutoProcessor.from_pretrained(tmp_path, subfolder="inner")
     assert processor(images=photo, text=TEXT)["object_counts"].item() > 0
+
+
+def test_saving_in_place_does_not_load_again(copied, photo):
+    processor = AutoProcessor.from_pretrained(copied)
+    embed(processor, photo)
+    loaded = {key: id(part) for key, (_, part) in part_sources._parts.items()}
+    processor.save_pretrained(copied)
+    embed(processor, photo)
+    assert {key: id(part) for key, (_, part) in part_sources._parts.items()} == loaded
+
+
+def test_unload_frees_everything_and_keeps_a_shared_tower(tiny_checkpoint, processor, photo):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.mul_(2)
+    shared = embed(processor.share_vision_tower(model), photo)
+    processor.object_settings["segmenter"] = None  # what was loaded for the old setting is freed too
+    processor.unload()
+    assert not part_sources._parts
+    processor.object_settings["segmenter"] = "./segmenter"
+    assert torch.equal(embed(processor, photo), shared)
 
 
 def test_unload_forgets_and_looks_for_nothing():
@@ -317,6 +341,12 @@ def test_objects_in_openai_style_blocks_are_kept(processor, photo):
     assert torch.equal(inputs["pixel_values"], direct["pixel_values"])
 
 
+def test_objects_of_a_block_without_image_are_not_lost_silently(processor):
+    chat = [{"role": "user", "content": [{"type": "image", "boxes": BOXES}, {"type": "text", "text": "a"}]}]
+    with pytest.raises(ValueError, match="image block has `boxes` but no image"):
+        processor.apply_chat_template(chat)
+
+
 def test_every_way_to_pass_an_image_gives_the_same_pixels(processor, photo, tmp_path):
     transparent = photo.copy()
     transparent.putalpha(Image.linear_gradient("L").resize(photo.size))
@@ -326,6 +356,7 @@ def test_every_way_to_pass_an_image_gives_the_same_pixels(processor, photo, tmp_
         image.save(path)
         encoded = base64.b64encode(path.read_bytes()).decode()
         forms = [image, path, str(path), encoded, f"data:image/png;base64,{encoded}"]
+        forms += [base64.encodebytes(path.read_bytes()).decode(), path.read_bytes(), io.BytesIO(path.read_bytes())]
         forms += [{"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}]
         pixels = [processor(images=form, text=TEXT, max_object_tokens=0)["pixel_values"] for form in forms]
         assert all(torch.equal(other, pixels[0]) for other in pixels), name

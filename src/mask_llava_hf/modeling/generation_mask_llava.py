@@ -82,7 +82,7 @@ class MaskLlavaGenerationMixin(GenerationMixin):
 
         prompt, shortened = cut
         generation_config, kwargs = self._shift_length_limits(
-            generation_config, kwargs, prompt.shape[1] - shortened.shape[1]
+            generation_config, kwargs, prompt.shape[1], prompt.shape[1] - shortened.shape[1]
         )
         output = super().generate(inputs, generation_config, *args, **kwargs)
         return _with_full_prompt(output, prompt, shortened.shape[1])
@@ -164,6 +164,11 @@ class MaskLlavaGenerationMixin(GenerationMixin):
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is None:
             attention_mask = self._prepare_attention_mask_for_generation(ids, config, {})
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected {tuple(ids.shape)}: a mask "
+                f"between positions cannot be cut together with the prompt that {knobs} shortens."
+            )
         keep = placeholders_to_keep(ids == self.config.image_token_id, before, after)
         cut = PromptCut(keep, attention_mask)
         kwargs = {**kwargs, ids_name: cut.apply(ids, fill=self._padding_id(config))}
@@ -234,7 +239,7 @@ class MaskLlavaGenerationMixin(GenerationMixin):
         return next((i for i in known if i is not None and i != self.config.image_token_id), fallback)
 
     def _shift_length_limits(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], num_dropped: int
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], prompt_length: int, num_dropped: int
     ) -> tuple[GenerationConfig | None, dict[str, Any]]:
         # `max_length` and `min_length` count the prompt the user gave, `generate` the shortened one
         generation_config, kwargs = copy.deepcopy(generation_config), dict(kwargs)
@@ -246,6 +251,11 @@ class MaskLlavaGenerationMixin(GenerationMixin):
             limit = next((limit for limit in limits if limit is not None), None)
             if limit is None:
                 continue
+            if name == "max_length" and limit <= prompt_length:
+                raise ValueError(
+                    f"`max_length`={limit} leaves no room for an answer to a prompt of {prompt_length} tokens; it "
+                    "counts the prompt as it was passed in. Use `max_new_tokens`."
+                )
             if kwargs.get(name) is not None or generation_config is None:
                 kwargs[name] = max(limit - num_dropped, 0)
             else:

@@ -114,10 +114,9 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
             ValueError: embeddings and masks at once, either without counts, rows or widths that do not fit the
                 images, counts outside 0..N, or a tower without CLS token.
         """
-        outputs, tokens, counts = self._encode_images(
+        outputs, tokens, num_fixed, counts = self._encode_images(
             pixel_values, vision_feature_layer, object_embeds, object_masks, object_counts, patch_grid_size, **kwargs
         )
-        num_fixed = tokens.shape[1] - self._num_object_slots(object_embeds, object_masks)
         lengths = [num_fixed + count for count in counts.tolist()]
         outputs.pooler_output = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         outputs.num_fixed_tokens = num_fixed  # tells objects from patches, whatever the grid was
@@ -132,13 +131,14 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         object_counts: torch.Tensor | None,
         patch_grid_size: int | None,
         **kwargs,
-    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, torch.Tensor]:
-        """The tower's output, (I, fixed + N, text width) projected tokens, and (I,) counts of real objects."""
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, int, torch.Tensor]:
+        """The tower's output, (I, fixed + N, text width) projected tokens, `fixed`, and (I,) counts of real objects."""
         layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         self._check_object_inputs(pixel_values, layers, object_embeds, object_masks, object_counts)
         wanted = [layers] if isinstance(layers, int) else list(layers)
-        if isinstance(layers, int) and object_masks is not None and object_masks.shape[1]:
-            wanted += required_hidden_states(self.config, layers)
+        inverts = object_masks is not None and object_masks.shape[1] > 0  # then the layer is a single one
+        if inverts:
+            wanted += required_hidden_states(self.config, wanted[0])
         if not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = wanted  # only these are kept alive
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -148,9 +148,9 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
             else torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
         )
         self._check_tower_has_cls(features, pixel_values)
-        if isinstance(layers, int) and object_masks is not None and object_masks.shape[1]:
+        if object_masks is not None and inverts:
             states = outputs.hidden_states
-            object_embeds = embed_masks(self.vision_tower, states, object_masks, self.config, layers)
+            object_embeds = embed_masks(self.vision_tower, states, object_masks, self.config, wanted[0])
 
         layout = TokenLayout.from_config(self.config)
         if patch_grid_size is not None:
@@ -160,12 +160,7 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         tokens = self.multi_modal_projector(tokens.to(self._projector_dtype(tokens.dtype)))
         if object_counts is None:
             object_counts = torch.zeros(len(pixel_values), dtype=torch.long)
-        return outputs, tokens, object_counts.to(tokens.device)
-
-    @staticmethod
-    def _num_object_slots(object_embeds: torch.Tensor | None, object_masks: torch.Tensor | None) -> int:
-        objects = object_embeds if object_embeds is not None else object_masks
-        return 0 if objects is None else objects.shape[1]
+        return outputs, tokens, layout.num_fixed_tokens, object_counts.to(tokens.device)
 
     def _projector_dtype(self, default: torch.dtype) -> torch.dtype:
         # A quantised weight has an integer dtype; the bias beside it still tells the compute dtype
@@ -369,13 +364,12 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         Shapes do not depend on counts, which keeps the forward pass one graph: the scatter reads only as many rows as
         there are placeholders.
         """
-        _, tokens, counts = self._encode_images(
+        _, tokens, num_fixed, counts = self._encode_images(
             pixel_values, layers, object_embeds, object_masks, object_counts, patch_grid_size
         )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         tokens, counts = tokens.to(inputs_embeds.device, inputs_embeds.dtype), counts.to(inputs_embeds.device)
-        num_fixed = tokens.shape[1] - self._num_object_slots(object_embeds, object_masks)
         valid = torch.arange(tokens.shape[1], device=tokens.device) < num_fixed + counts[:, None]
         real_first = torch.sort(valid.flatten().logical_not(), stable=True).indices
         tokens = tokens.flatten(0, 1)[real_first]

@@ -77,14 +77,6 @@ class TokenLayout:
         """Tokens of an image in which `num_objects` objects were found."""
         return self.num_fixed_tokens + min(num_objects, self.max_object_tokens)
 
-    def describe(self, num_objects: int) -> str:
-        """For messages: `57 tokens (1 CLS + 36 patches + 20 objects)`."""
-        kept = min(num_objects, self.max_object_tokens)
-        return (
-            f"{self.num_tokens(num_objects)} tokens "
-            f"({self.num_cls_tokens} CLS + {self.num_patch_tokens} patches + {kept} objects)"
-        )
-
     def reduced(
         self,
         max_object_tokens: int | None = None,

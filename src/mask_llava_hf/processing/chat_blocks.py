@@ -5,6 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+OBJECT_KEYS = ("boxes", "masks", "objects")
+_IMAGE_KEYS = {"image", "url", "path", "base64"}
+
+
 def plain_blocks(conversation: Any) -> Any:
     """Blocks of chats without the None that columnar stores fill in, and OpenAI's form of an image in the usual one.
 
@@ -17,6 +21,13 @@ def plain_blocks(conversation: Any) -> Any:
     if "role" in conversation:
         return {**conversation, "content": plain_blocks(conversation.get("content"))}
     block = {name: value for name, value in conversation.items() if value is not None}
+    said = [name for name in OBJECT_KEYS if name in block]
+    if block.get("type") == "image" and said and not _IMAGE_KEYS & set(block):
+        raise ValueError(
+            f"An image block has `{said[0]}` but no image ({', '.join(sorted(_IMAGE_KEYS))}), so its objects would be "
+            "lost. Put the image into the block too, or pass both to the processor: "
+            f"`processor(images=..., text=..., {said[0]}=...)`."
+        )
     if block.get("type") == "image_url" and "image_url" in block:
         url = block.pop("image_url")
         block.update(type="image", url=url.get("url", "") if isinstance(url, Mapping) else url)
@@ -30,6 +41,6 @@ def object_entries(conversation: Sequence[dict[str, Any]], name: str) -> list[An
         content = message.get("content")
         for block in content if isinstance(content, list) else ():
             if block.get("type") == "image":
-                num_images = sum(key in block for key in ("image", "url", "path", "base64"))
+                num_images = len(_IMAGE_KEYS & set(block))
                 entries += [block.get(name)] * num_images
     return entries

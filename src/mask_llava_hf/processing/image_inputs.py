@@ -16,17 +16,19 @@ from .geometry import upright_rgb
 def upright_images(images: Any) -> Any:
     """The same layout with every image as an upright RGB picture; paths, URLs and encoded images are opened."""
     if isinstance(images, Mapping) and set(images) == {"bytes", "path"}:  # as `datasets` stores an image
-        images = io.BytesIO(images["bytes"]) if images["bytes"] is not None else images["path"]
+        images = images["bytes"] if images["bytes"] is not None else images["path"]
+    if isinstance(images, bytes) or hasattr(images, "read"):
+        images = Image.open(io.BytesIO(images) if isinstance(images, bytes) else images)
     if isinstance(images, Sequence) and not isinstance(images, str):
         return [upright_images(image) for image in images]
     if getattr(images, "ndim", 3) == 4:
         return [upright_rgb(image) for image in images]  # a batch in one array
-    return upright_rgb(_open(images) if isinstance(images, str | os.PathLike | io.BytesIO) else images)
+    return upright_rgb(_open(images) if isinstance(images, str | os.PathLike) else images)
 
 
-def _open(source: str | os.PathLike | io.BytesIO) -> Image.Image:
+def _open(source: str | os.PathLike) -> Image.Image:
     # Not Transformers' `load_image`: its RGB conversion clips 16-bit images to white and blackens transparency
-    if isinstance(source, io.BytesIO) or os.path.isfile(source):
+    if os.path.isfile(source):
         return Image.open(source)
     source = os.fspath(source)
     if source.startswith(("http://", "https://")):
@@ -34,7 +36,8 @@ def _open(source: str | os.PathLike | io.BytesIO) -> Image.Image:
         response.raise_for_status()
         return Image.open(io.BytesIO(response.content))
     try:
-        return Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:").rpartition(",")[2], validate=True)))
+        encoded = "".join(source.rpartition(",")[2].split())  # after "data:image/png;base64,", without line breaks
+        return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
     except (ValueError, UnidentifiedImageError) as error:
         raise ValueError(
             f"An image is given as {source[:80]!r}, which is no file here, no web address and no base64 of an image."

@@ -4,12 +4,11 @@
 import contextlib
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.configuration_mask_llava import MaskLlavaConfig
@@ -22,12 +21,10 @@ from .objects.segmenters import Segmenter, load_segmenter
 from .part_sources import (
     PartSource,
     concrete_device,
-    is_relative,
     load_part,
     loaded_part,
     refuse_in_worker,
     source_of,
-    unload_parts,
 )
 from .vision_towers import find_tower, fingerprint_settings, fingerprint_weights, read_model_config, read_tower
 
@@ -97,7 +94,7 @@ class ObjectParts:
         refuse_in_worker("vision_tower")
         shared = self._shared_model()
         if shared is not None:
-            return MaskEmbedder(_tower(shared), shared.config)
+            return MaskEmbedder(shared.vision_tower, shared.config)
         source, config = self._find_tower()
         device, dtype = concrete_device(self.device), self.dtype
         tower = load_part("vision_tower", source, lambda found: read_tower(found, device, dtype), device, dtype)
@@ -109,17 +106,6 @@ class ObjectParts:
         if self._shared_model() is None:
             self._find_tower()
 
-    def unload(self) -> None:
-        """Forgets what is loaded of these parts; nothing is looked for."""
-        for name in PART_NAMES:
-            if is_relative(getattr(self.settings, name)) and self.checkpoint is None:
-                continue
-            source = self._source(name)
-            if source is not None and name == "vision_tower":
-                source, _ = loaded_part("tower place", source, None, None) or (None, None)
-            if source is not None:
-                unload_parts(name, source)
-
     def fingerprint(self, image_processor: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """What embeddings made now depend on, as far as it is known.
 
@@ -127,7 +113,7 @@ class ObjectParts:
         them.
         """
         shared = self._shared_model()
-        tower, config = (None, None) if shared is None else (_tower(shared), shared.config)
+        tower, config = (None, None) if shared is None else (shared.vision_tower, shared.config)
         if shared is None:
             with contextlib.suppress(ValueError):  # stored embeddings do for a processor that knows no tower
                 source, config = self._find_tower()
@@ -143,7 +129,7 @@ class ObjectParts:
         source = self._source("vision_tower")
         if source is None:
             raise ValueError(f'`object_settings["vision_tower"]` is None, {_MENDS["vision_tower"]}')
-        place, config = load_part("tower place", source, find_tower)
+        place, config = load_part("tower location", source, find_tower)
         if config is None and self.checkpoint is not None:  # a bare tower
             config = load_part("model config", self.checkpoint, read_model_config)
         return place, config or MaskLlavaConfig()
@@ -165,7 +151,7 @@ class ObjectParts:
             return source_of(setting, self.checkpoint)
         return self.checkpoint if name == "vision_tower" else None
 
-    def _load(self, name: str, load: Any) -> Any:
+    def _load(self, name: str, load: Callable[..., Any]) -> Any:
         source = self._source(name)
         if source is None:
             raise ValueError(f'`object_settings["{name}"]` is None, {_MENDS[name]}')
@@ -199,7 +185,3 @@ def check_fingerprint(objects: ImageObjects, expected: Mapping[str, Any], image:
                 "Make them again with `find_objects`, or drop them: `dataclasses.replace(objects, embeddings=None, "
                 "embedding_fingerprint=None)`."
             )
-
-
-def _tower(model: MaskLlavaModel) -> PreTrainedModel:
-    return model.vision_tower

@@ -20,8 +20,16 @@ import torch
 from huggingface_hub import snapshot_download
 
 
-# What a part is made of; other files in its folder may change without it changing.
-_PART_FILES = (".safetensors", ".bin", ".pth", ".json")
+# What a part is made of; other files in its folder, such as a tokenizer's, may change without it changing.
+_PART_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "*.pth",
+    "*.index.json",
+    "config.json",
+    "adapter_config.json",
+    "preprocessor_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,7 @@ def load_part(
     key, state = (kind, source, device, dtype), _file_state(source)
     with _parts_lock:
         if key not in _parts or _parts[key][0] != state:
+            _parts.pop(key, None)  # a part that has changed makes room first
             _parts[key] = (state, load(download(source)))
         return _parts[key][1]
 
@@ -179,11 +188,10 @@ def loaded_part(kind: str, source: PartSource, device: torch.device | None, dtyp
     return part if state == _file_state(source) else None
 
 
-def unload_parts(kind: str, source: PartSource) -> None:
-    """Forgets a part on every device and in every dtype; whoever needs it again loads it again."""
+def unload_parts() -> None:
+    """Forgets all parts; whoever needs one again loads it again."""
     with _parts_lock:
-        for key in [key for key in _parts if key[:2] == (kind, source)]:
-            del _parts[key]
+        _parts.clear()
 
 
 def _file_state(source: PartSource) -> tuple:
@@ -191,6 +199,6 @@ def _file_state(source: PartSource) -> tuple:
     path = Path(source.location)
     if not source.is_local or not path.exists():
         return ()
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in _PART_FILES]
+    files = [path] if path.is_file() else {file for pattern in _PART_FILES for file in path.glob(pattern)}
     stats = [(file.name, file.stat()) for file in files]
     return tuple(sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))

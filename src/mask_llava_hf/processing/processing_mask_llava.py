@@ -10,17 +10,14 @@ from PIL import Image
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from ..modeling.token_layout import check_integer
-from .chat_blocks import object_entries, plain_blocks
+from .chat_blocks import OBJECT_KEYS, object_entries, plain_blocks
 from .given_objects import given_objects, says_nothing
 from .image_inputs import flat_pictures, upright_images
 from .object_parts import PART_NAMES, ObjectParts, share_model
 from .object_pipeline import find_objects_in_steps, stack_embeddings, stack_masks, with_embeddings
 from .object_settings import ObjectSettings
 from .objects.image_objects import ImageObjects
-from .part_sources import PartSource, copy_relative_part, is_local, is_relative
-
-
-_OBJECT_INPUTS = ("boxes", "masks", "objects")
+from .part_sources import PartSource, copy_relative_part, is_local, is_relative, unload_parts
 
 
 class MaskLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
@@ -141,9 +138,11 @@ class MaskLlavaProcessor(ProcessorMixin):
         return self
 
     def unload(self) -> None:
-        """Frees the parts that this processor has loaded, also for other processors that share them."""
-        self._parts().unload()
-        self._shared_model_key = None
+        """Frees all parts that processors of this process have loaded; a shared tower belongs to its model and stays.
+
+        A processor that needs a part again loads it again.
+        """
+        unload_parts()
 
     def share_vision_tower(self, model: torch.nn.Module) -> "MaskLlavaProcessor":
         """Embeds objects with the tower of a loaded model, instead of loading a second copy.
@@ -176,7 +175,7 @@ class MaskLlavaProcessor(ProcessorMixin):
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         self._refuse_unknown_arguments(kwargs)
         if images is None:
-            given = [name for name in _OBJECT_INPUTS if not says_nothing(_call_argument(kwargs, "images_kwargs", name))]
+            given = [name for name in OBJECT_KEYS if not says_nothing(_call_argument(kwargs, "images_kwargs", name))]
             if given:
                 raise ValueError(f"`{given[0]}` was given without `images`; objects belong to an image.")
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -207,14 +206,14 @@ class MaskLlavaProcessor(ProcessorMixin):
         if unknown:
             raise ValueError(
                 f"Unknown arguments {unknown}. Beside the arguments of every processor, this one takes "
-                f"{[*_OBJECT_INPUTS, 'max_object_tokens']}."
+                f"{[*OBJECT_KEYS, 'max_object_tokens']}."
             )
 
     def _merge_kwargs(self, *args, **kwargs):
         # The base class copies all arguments deeply; masks of a large photograph are not to be copied
         nested = dict(kwargs.get("images_kwargs") or {})
         heavy = {}
-        for name in _OBJECT_INPUTS:
+        for name in OBJECT_KEYS:
             if name in kwargs and name in nested:
                 raise ValueError(f"`{name}` was given twice: in the call and in its `images_kwargs`.")
             if name in kwargs or name in nested:
@@ -230,7 +229,7 @@ class MaskLlavaProcessor(ProcessorMixin):
 
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
         images, videos, audio, extra = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
-        for name in _OBJECT_INPUTS:
+        for name in OBJECT_KEYS:
             rows = [object_entries(conversation, name) for conversation in conversations]
             if any(entry is not None for row in rows for entry in row):
                 extra = {**extra, name: rows}

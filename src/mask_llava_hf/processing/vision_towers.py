@@ -4,7 +4,6 @@
 import hashlib
 import json
 import os
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +31,6 @@ _PIXEL_SETTINGS = (
     "image_mean",
     "image_std",
 )
-
-_hashes: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, str]] = weakref.WeakKeyDictionary()
 
 
 def find_tower(source: PartSource) -> tuple[PartSource, MaskLlavaConfig | None]:
@@ -121,21 +118,16 @@ def fingerprint_weights(tower: torch.nn.Module) -> str:
     """A short hash of a tower's weights, the same in whatever precision they are loaded.
 
     It reads the signs of the first 4096 numbers of every tensor: rounding keeps signs, while training, which moves
-    weights across zero all the time, does not. It is computed anew when weights have changed in place.
+    weights across zero all the time, does not. A few milliseconds for a ViT-L on a CPU.
     """
-    version = sum(parameter._version for parameter in tower.parameters() if not parameter.is_inference())
-    known = _hashes.get(tower)
-    if known is not None and known[0] == version:
-        return known[1]
-    digest = hashlib.sha256()
+    digest, signs = hashlib.sha256(), []
     for name, module in sorted(tower.named_modules()):
         with align_module_device(module):
             for part, parameter in sorted(module.named_parameters(recurse=False)):
                 digest.update(f"{name}.{part}{tuple(parameter.shape)}".encode())
-                signs = torch.signbit(parameter.detach().flatten()[:4096]).cpu()
-                digest.update(np.packbits(signs.numpy()).tobytes())
-    _hashes[tower] = (version, digest.hexdigest()[:16])
-    return _hashes[tower][1]
+                signs.append(torch.signbit(parameter.detach().flatten()[:4096]))
+    digest.update(np.packbits(torch.cat(signs).cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _refuse_adapted_tower(source: PartSource) -> None:
