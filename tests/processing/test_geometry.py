@@ -213,7 +213,7 @@ def test_arrays_and_tensors_of_every_shape():
         (np.zeros((2, 4, 4, 3), np.uint8), "Pass a batch as a list"),
         (np.zeros((5, 5, 2), np.uint8), r"shape \(5, 5, 2\)"),
         (np.zeros((4, 4, 3), complex), "complex128"),
-        ("cat.jpg", "load_image"),
+        ("cat.jpg", "PIL.Image.open"),
     ],
 )
 def test_bad_images_are_refused_with_the_reason(image, message):

@@ -271,8 +271,8 @@ def upright_rgb(image: Any) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _pil_to_rgb(_array_to_pil(image, channels_first=False))
     raise ValueError(
-        f"An image is a {type(image).__name__}, expected a PIL image, a NumPy array or a torch tensor. Open a file with "
-        "`PIL.Image.open` first."
+        f"An image is a {type(image).__name__}, expected a PIL image, a NumPy array or a torch tensor. Open a file "
+        "with `PIL.Image.open` first."
     )
 
 
