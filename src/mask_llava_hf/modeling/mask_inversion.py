@@ -248,7 +248,8 @@ class _AdamW:
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 itself; emulation would be slower than float32."""
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported()
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and not in every torch
+        return supported is not None and supported()
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
