@@ -8,13 +8,10 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
-from transformers.utils import logging
 
 from .mask_inversion import MaskInversionSettings
 from .token_layout import TokenLayout, check_integer
 
-
-logger = logging.get_logger(__name__)
 
 # What a checkpoint fixes of MaskInversion; chunk size and compute dtype are choices of the running machine.
 _MASK_INVERSION_FIELDS = ("iterations", "lr", "alpha", "weight_decay")
@@ -136,9 +133,13 @@ class MaskLlavaConfig(LlavaConfig):
             )
         return int(match.group(1))
 
-    def mask_inversion_settings(self, **overrides: Any) -> MaskInversionSettings:
-        """The settings that `invert_masks` takes; `overrides` for the machine's own (`chunk_size`, `compute_dtype`)."""
-        return MaskInversionSettings(**{**(self.mask_inversion or {}), **overrides})
+    def mask_inversion_settings(self) -> MaskInversionSettings:
+        """The settings that `invert_masks` takes.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+        return MaskInversionSettings(**(self.mask_inversion or {}))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

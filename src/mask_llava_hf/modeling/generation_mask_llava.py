@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .token_dropping import PromptCut, placeholders_to_keep, resolve_knobs
 from .token_layout import TOKEN_KNOBS, TokenLayout
 
-
-logger = logging.get_logger(__name__)
 
 # Tensors aligned with the prompt that may accompany it.
 _ALIGNED_INPUTS = ("attention_mask", "token_type_ids", "mm_token_type_ids", "inputs_embeds")

@@ -20,7 +20,7 @@ from .objects.nested_order import Order, keep_order
 logger = logging.get_logger(__name__)
 
 # Images whose masks are in memory at once: fifty candidates of a 12-megapixel photograph take 600 MB.
-IMAGES_PER_STEP = 4
+_IMAGES_PER_STEP = 4
 
 
 def find_objects_in(
@@ -59,11 +59,10 @@ def find_objects_in(
     if settings.order == "mask_iou":
         for index in to_detect:
             found[index] = _first(found[index], settings.order, cap)
-    num_bare = sum(len(found[index]) == 0 for index in to_detect)
-    if to_detect and num_bare == len(to_detect):
+    if to_detect and not any(len(found[index]) for index in to_detect):
         logger.warning_once(
-            f"No objects were found in {num_bare} image(s) at `score_threshold`={settings.score_threshold}; they get "
-            "CLS and patch tokens only."
+            f"No objects were found in {len(to_detect)} image(s) at `score_threshold`={settings.score_threshold}; they "
+            "get CLS and patch tokens only."
         )
     return found
 
@@ -85,8 +84,8 @@ def find_objects_in_steps(
     """
     found: list[ImageObjects] = []
     framed: list[Tensor | None] = []
-    for start in range(0, len(pictures), IMAGES_PER_STEP):
-        step = slice(start, start + IMAGES_PER_STEP)
+    for start in range(0, len(pictures), _IMAGES_PER_STEP):
+        step = slice(start, start + _IMAGES_PER_STEP)
         objects = find_objects_in(pictures[step], given[step], cap, settings, parts)
         masks, objects = masks_in_frame(objects, settings, image_processor, overrides)
         framed += masks

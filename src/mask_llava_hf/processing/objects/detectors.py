@@ -9,13 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
-from transformers.utils import logging
 
 from .image_objects import ImageObjects
 from .object_fields import boxes_inside
-
-
-logger = logging.get_logger(__name__)
 
 
 class ObjectDetector:

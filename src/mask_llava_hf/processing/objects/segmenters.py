@@ -19,10 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, EdgeTamModel, PreTrainedModel, Sam2Model, SamModel
-from transformers.utils import logging
 
-
-logger = logging.get_logger(__name__)
 
 # The video checkpoints of SAM 2 and EdgeTAM are the usual way to publish the image models that are part of them.
 _MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
