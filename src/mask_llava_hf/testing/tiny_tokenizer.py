@@ -1,34 +1,16 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """A small tokenizer trained in memory, and the chat template that goes with it."""
 
+from collections.abc import Iterable
 from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..processing.chat_templates import vicuna_v1
 
-# Vicuna v1 as LLaVA-1.5 uses it: a turn's images come before its text. The blank before an answer belongs to it, since
-# tokenizers join it to the first word and the generation prompt ends before it; so does the end token, so that a model
-# finetuned on the `generation` spans learns to stop.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% set content = message['content'] %}"
-    "{% if content is string %}{% set text = content %}"
-    "{% else %}{% set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') %}"
-    "{% endif %}"
-    "{% if message['role'] == 'system' %}{{ text + ' ' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + text + eos_token }}{% endgeneration %}"
-    "{% else %}"
-    "{{ message['role'].upper() + ': ' }}"
-    "{% if content is not string %}"
-    "{% for block in content | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
-    "{% endif %}"
-    "{{ text + ' ' }}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
+
+CHAT_TEMPLATE = vicuna_v1(system_prompt=None)  # which would be half of a short prompt
 
 _SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
@@ -45,14 +27,21 @@ _TOKENIZER_TEXT = (
 _VOCABULARY_SIZE = 400
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 400 tokens, trained in memory on a few sentences of our own.
+def tiny_tokenizer(
+    texts: Iterable[str] = _TOKENIZER_TEXT, vocabulary_size: int = _VOCABULARY_SIZE
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained in memory, by default on a few sentences of our own.
 
     Special tokens are `<unk> <s> </s> <pad> <image>` with ids 0 to 4. Every text starts with `<s>`, shorter texts are
-    padded on the left, `model_max_length` is 2048, and the chat template is `CHAT_TEMPLATE`.
+    padded on the left, `model_max_length` is 2048, and the chat template is `CHAT_TEMPLATE`. Any text can be written
+    with it, since all bytes are tokens.
+
+    Args:
+        texts: to learn words from.
+        vocabulary_size: most tokens there may be, with the special ones and the 256 bytes.
     """
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained_tokenizer()),
+        tokenizer_object=Tokenizer.from_str(_trained_tokenizer(tuple(texts), vocabulary_size)),
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
@@ -66,17 +55,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def _trained_tokenizer() -> str:
+def _trained_tokenizer(texts: tuple[str, ...], vocabulary_size: int) -> str:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY_SIZE,
+        vocab_size=vocabulary_size,
         special_tokens=list(_SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_TOKENIZER_TEXT, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
