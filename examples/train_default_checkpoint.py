@@ -63,7 +63,7 @@ class Work:
     def __init__(self, folder: Path, output_dir: Path | None, quick: bool, seed: int, jobs: int) -> None:
         self.folder, self.quick, self.seed, self.jobs = folder, quick, seed, jobs
         self.output_dir = output_dir or folder / "published"
-        self.num_train, self.num_test, self.rounds = (48, 8, 1) if quick else (10000, 300, 4)
+        self.num_train, self.num_test, self.rounds = (48, 8, 1) if quick else (6000, 300, 6)
 
     def done(self, stage: str) -> bool:
         return self._scores_file(stage).exists()
@@ -124,12 +124,13 @@ class Work:
         return save_pictures(self.folder / "pictures", split, count, self.folder / "scenes")
 
     def precompute(self) -> dict[str, float]:
-        """As a user would: `accelerate launch -m mask_llava_hf.cli precompute` shares the pictures out."""
+        """As a user would, several processes sharing the pictures out (`accelerate launch --cpu` starts only one)."""
         num_pictures = len(self.pictures("train") + self.pictures("test"))
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(self.jobs)]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.jobs)]
         command = [*launch, "-m", "mask_llava_hf.cli", "precompute", self.folder / "pictures", self.folder / "objects"]
-        command += ["--checkpoint", self.folder / "start", "--batch-size", "32"]
-        subprocess.run([str(word) for word in command], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        command += ["--checkpoint", self.folder / "start", "--batch-size", "32", "--device", "cpu"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        subprocess.run([str(word) for word in command], env=environment, check=True)
         return {"pictures": num_pictures}
 
     def store(self) -> ObjectStore:
