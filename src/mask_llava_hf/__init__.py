@@ -7,6 +7,9 @@ and their kin then load Mask-LLaVA checkpoints like any other.
 
 from .modeling.configuration_mask_llava import MaskLlavaConfig
 from .modeling.modeling_mask_llava import QUANTIZATION_SKIP_MODULES, MaskLlavaForConditionalGeneration, MaskLlavaModel
+from .processing.collator import MaskLlavaCollator
+from .processing.conversations import load_conversations
+from .processing.object_store import ObjectStore
 from .processing.objects.image_objects import ImageObjects
 from .processing.processing_mask_llava import MaskLlavaProcessor
 from .registration import register
@@ -17,10 +20,13 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "QUANTIZATION_SKIP_MODULES",
     "ImageObjects",
+    "MaskLlavaCollator",
     "MaskLlavaConfig",
     "MaskLlavaForConditionalGeneration",
     "MaskLlavaModel",
     "MaskLlavaProcessor",
+    "ObjectStore",
+    "load_conversations",
 ]
 
 register()

@@ -2,6 +2,8 @@
 """The heavy parts of one processor: found by its settings, loaded when first needed, shared through the part cache."""
 
 import contextlib
+import hashlib
+import json
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
@@ -124,6 +126,33 @@ class ObjectParts:
             fingerprint if tower is None or in_worker else {"vision_tower": fingerprint_weights(tower), **fingerprint}
         )
 
+    def objects_fingerprint(self, image_processor: Any, cap: int) -> dict[str, Any]:
+        """Everything that objects found now depend on, JSON-able; the parts are loaded, as their weights belong to it.
+
+        Where a part lies (`source`) is told for people; what it does shows in its weights and its preprocessing.
+
+        Args:
+            cap: the most objects per image.
+        """
+        settings = self.settings
+        parts: dict[str, Any] = {"detector": self.detector()}
+        if settings.mask_source == "segmenter":
+            parts["segmenter"] = self.segmenter()
+        embedder = self.mask_embedder() if settings.mask_inversion == "processor" else None
+        models = {name: part.model for name, part in parts.items()}
+        if embedder is not None:
+            models["vision_tower"] = embedder.vision_tower
+        choices = ("score_threshold", "max_candidates", "mask_source", "order", "mask_inversion")
+        return {
+            "max_object_tokens": cap,
+            **{name: getattr(settings, name) for name in choices},
+            **{name: {"source": getattr(settings, name), **_fingerprint_part(part)} for name, part in parts.items()},
+            "pixels": fingerprint_settings(None, image_processor)["pixels"],
+            "embedding": None if embedder is None else self.fingerprint(image_processor, {}),
+            # Embeddings made in another precision can end elsewhere
+            "dtypes": {name: str(next(model.parameters()).dtype)[6:] for name, model in models.items()},
+        }
+
     def _find_tower(self) -> tuple[PartSource, MaskLlavaConfig]:
         """Where the tower is, and the config to embed with; both without loading weights."""
         source = self._source("vision_tower")
@@ -164,6 +193,16 @@ class ObjectParts:
             device,
             dtype,
         )
+
+
+def _fingerprint_part(part: Any) -> dict[str, str]:
+    """Hashes of a detector's or segmenter's weights and preprocessing (segment-anything's own is part of its code)."""
+    processing = {} if getattr(part, "image_processor", None) is None else part.image_processor.to_dict()
+    text = json.dumps(processing, default=dict, sort_keys=True)
+    return {
+        "weights": fingerprint_weights(part.model),
+        "preprocessing": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
 
 
 def check_fingerprint(objects: ImageObjects, expected: Mapping[str, Any], image: int) -> None:

@@ -20,7 +20,7 @@ from .objects.nested_order import Order, keep_order
 logger = logging.get_logger(__name__)
 
 # Images whose masks are in memory at once: fifty candidates of a 12-megapixel photograph take 600 MB.
-_IMAGES_PER_STEP = 4
+IMAGES_PER_STEP = 4
 
 
 def find_objects_in(
@@ -76,20 +76,22 @@ def find_objects_in_steps(
     image_processor: Any,
     overrides: Mapping[str, Any],
     keep_masks: bool,
+    images_per_step: int = IMAGES_PER_STEP,
 ) -> tuple[list[ImageObjects], list[Tensor | None]]:
     """`find_objects_in` and `masks_in_frame`, a few images at a time.
 
     Args:
         keep_masks: whether the objects keep their masks at the size of the image, which can be very large.
+        images_per_step: how many images' candidates, with their masks, are in memory at once.
     """
     found: list[ImageObjects] = []
     framed: list[Tensor | None] = []
-    for start in range(0, len(pictures), _IMAGES_PER_STEP):
-        step = slice(start, start + _IMAGES_PER_STEP)
+    for start in range(0, len(pictures), images_per_step):
+        step = slice(start, start + images_per_step)
         objects = find_objects_in(pictures[step], given[step], cap, settings, parts)
         masks, objects = masks_in_frame(objects, settings, image_processor, overrides)
         framed += masks
-        found += objects if keep_masks else [replace(entry, masks=None) for entry in objects]
+        found += [entry if keep_masks or entry.masks is None else replace(entry, masks=None) for entry in objects]
     return found, framed
 
 

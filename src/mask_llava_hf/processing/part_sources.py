@@ -161,8 +161,8 @@ def refuse_in_worker(kind: str) -> None:
     if torch.utils.data.get_worker_info() is not None:
         raise RuntimeError(
             f"The {kind.replace('_', ' ')} was asked for inside a data-loader worker; every worker would load its own "
-            "copy. Make the objects beforehand (`mask_llava_hf.precompute`, or `processor.find_objects`) and pass them "
-            "as `objects=`, or call the processor with `max_object_tokens=0`."
+            "copy. Make the objects beforehand (`mask-llava precompute`, or `processor.find_objects`) and pass them as "
+            "`objects=`, or call the processor with `max_object_tokens=0`."
         )
 
 

@@ -14,7 +14,13 @@ from .chat_blocks import OBJECT_KEYS, object_entries, plain_blocks
 from .given_objects import given_objects, says_nothing
 from .image_inputs import flat_pictures, upright_images
 from .object_parts import PART_NAMES, ObjectParts, share_model
-from .object_pipeline import find_objects_in_steps, stack_embeddings, stack_masks, with_embeddings
+from .object_pipeline import (
+    IMAGES_PER_STEP,
+    find_objects_in_steps,
+    stack_embeddings,
+    stack_masks,
+    with_embeddings,
+)
 from .object_settings import ObjectSettings
 from .objects.image_objects import ImageObjects
 from .part_sources import PartSource, copy_relative_part, is_local, is_relative, unload_parts
@@ -266,6 +272,7 @@ class MaskLlavaProcessor(ProcessorMixin):
         pixel_values: torch.Tensor,
         overrides: dict[str, Any],
         keep_masks: bool,
+        images_per_step: int = IMAGES_PER_STEP,
     ) -> tuple[list[ImageObjects], list[torch.Tensor | None]]:
         """Objects per picture, with embeddings where this processor makes them, and masks in the tower's frame.
 
@@ -286,7 +293,7 @@ class MaskLlavaProcessor(ProcessorMixin):
         if embeds and (detects or any(objects.embeddings is None for objects in used)):
             parts.require_tower()
         found, framed = find_objects_in_steps(
-            pictures, given, cap, settings, parts, self.image_processor, overrides, keep_masks
+            pictures, given, cap, settings, parts, self.image_processor, overrides, keep_masks, images_per_step
         )
         if embeds:
             found = with_embeddings(found, framed, pixel_values, parts, self.image_processor, overrides)
@@ -312,7 +319,9 @@ class MaskLlavaProcessor(ProcessorMixin):
         )
 
     # --------------------------------------------------------------------------------------------------- objects
-    def find_objects(self, images: Any, max_object_tokens: int | None = None) -> list[ImageObjects]:
+    def find_objects(
+        self, images: Any, max_object_tokens: int | None = None, batch_size: int = IMAGES_PER_STEP
+    ) -> list[ImageObjects]:
         """Finds the objects in images: detector, segmenter, keep order, and embeddings if this processor makes them.
 
         What it returns can be looked at (`plotting.draw_objects`), stored (`ImageObjects.to_dict`) and passed back as
@@ -321,6 +330,8 @@ class MaskLlavaProcessor(ProcessorMixin):
         Args:
             images: one image, a list, or a list of lists; PIL, array, path or URL.
             max_object_tokens: at most this many per image; default: as saved.
+            batch_size: images that detector and segmenter get at once. All candidates of these have a mask at the size
+                of their image: fifty of a 12-megapixel photograph take 600 MB.
 
         Returns:
             One `ImageObjects` per image, flat in order, each in keep order.
@@ -334,9 +345,28 @@ class MaskLlavaProcessor(ProcessorMixin):
         if not pictures:
             return []
         cap = self._cap(settings, max_object_tokens, ())
+        check_integer("batch_size", batch_size, 1)
         pixel_values = self._process_pixels(pictures)["pixel_values"]
-        found, _ = self._find(pictures, [None] * len(pictures), cap, pixel_values, {}, keep_masks=True)
+        found, _ = self._find(
+            pictures, [None] * len(pictures), cap, pixel_values, {}, keep_masks=True, images_per_step=batch_size
+        )
         return found
+
+    def object_fingerprint(self, max_object_tokens: int | None = None) -> dict[str, Any]:
+        """Everything that decides what `find_objects` returns, as a JSON-able dict; it loads the parts it describes.
+
+        Weights are told by a short hash, so that a part that was moved stays the same and one that was trained does
+        not. An `ObjectStore` keeps it, and refuses objects made in another way.
+
+        Args:
+            max_object_tokens: as in `find_objects`.
+
+        Raises:
+            ValueError: no detector is configured, or a part that is needed cannot be found.
+        """
+        settings = self._settings()
+        cap = self._cap(settings, max_object_tokens, ())
+        return self._parts().objects_fingerprint(self.image_processor, cap)
 
     @staticmethod
     def _cap(settings: ObjectSettings, asked: Any, given: Sequence[ImageObjects | None]) -> int:

@@ -18,7 +18,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, EdgeTamModel, PreTrainedModel, Sam2Model, SamModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    EdgeTamModel,
+    PreTrainedModel,
+    Sam2Model,
+    SamModel,
+)
 
 
 # The video checkpoints of SAM 2 and EdgeTAM are the usual way to publish the image models that are part of them.
@@ -94,8 +102,14 @@ def load_segmenter(
             f"{', '.join(sorted(_MODEL_CLASSES))}, or a `.pth` file of the segment-anything package."
         )
     model: Any = model_class.from_pretrained(source, revision=revision or "main", dtype=dtype or "auto")
-    image_processor = AutoImageProcessor.from_pretrained(source, revision=revision)
-    return TransformersSegmenter(model.to(device), image_processor)
+    return TransformersSegmenter(model.to(device), _load_image_processor(source, revision))
+
+
+def _load_image_processor(source: str | PathLike[str], revision: str | None) -> Any:
+    # Transformers takes torchvision's class even where Pillow's was saved, and their pixels differ a little
+    saved, _ = BaseImageProcessor.get_image_processor_dict(source, revision=revision)
+    backend = "pil" if str(saved.get("image_processor_type")).endswith("Pil") else None
+    return AutoImageProcessor.from_pretrained(source, revision=revision, backend=backend)
 
 
 class _BoxSegmenter:
