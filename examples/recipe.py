@@ -2,6 +2,7 @@
 """What the training recipes beside this file share: their arguments, how a model is trained, and how it is saved."""
 
 import os
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,7 +103,12 @@ class LlavaTrainingArguments(TrainingArguments):
 
 def parse(description: str, training_arguments: type[TrainingArguments]) -> tuple[DataArguments, Any]:
     """Reads the command line."""
-    return HfArgumentParser((DataArguments, training_arguments), description=description).parse_args_into_dataclasses()
+    parser = HfArgumentParser((DataArguments, training_arguments), description=description, formatter_class=_Help)
+    return parser.parse_args_into_dataclasses()
+
+
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Leaves the commands in the description as they are."""
 
 
 def load(data: DataArguments, args: TrainingArguments) -> tuple[PreTrainedModel, MaskLlavaProcessor, Dataset]:

@@ -1,7 +1,7 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Stage 1 of LLaVA-1.5: teaches the projector, and nothing else, to speak to the language model, on image captions.
 
-    mask-llava precompute --checkpoint START --images images --store objects
+    mask-llava precompute blip_laion_cc_sbu_558k.json objects --image-folder images --checkpoint START
     accelerate launch examples/train_projector.py --checkpoint START --data blip_laion_cc_sbu_558k.json \
         --image_folder images --object_store objects --object_dropout 0 20 --output_dir projector
 

@@ -24,6 +24,7 @@ def train(
     seed: int,
     learning_rate: float,
     save_every: int,
+    beta2: float = 0.999,
 ) -> dict[str, float]:
     """Trains a model with AdamW, a short warm-up and a cosine fall of the learning rate to zero.
 
@@ -34,6 +35,7 @@ def train(
         loss_at: loss of one step.
         state_path: where weights and optimizer are saved every `save_every` steps; found there, training goes on from
             it. The caller removes it when the trained model is saved.
+        beta2: of AdamW.
 
     Returns:
         "first_loss", "last_loss" (means of the first and last twentieth of the steps) and "minutes".
@@ -41,7 +43,9 @@ def train(
     Raises:
         ValueError: the state found is of a training with other steps, seed or learning rate.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, beta2), weight_decay=0.01, fused=True
+    )
     settings = {"steps": steps, "seed": seed, "learning_rate": learning_rate}
     losses: list[float] = []
     seconds = 0.0

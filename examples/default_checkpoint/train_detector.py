@@ -21,27 +21,25 @@ from .resumable_training import run, train, training_parser, write_scores
 from .scene_pool import ScenePool, scene_pool
 
 
-STEPS = 2800
+STEPS = 3400
 
 
 def build_detector() -> tuple[RTDetrForObjectDetection, RTDetrImageProcessor]:
     """A detector with random weights, and its image processor."""
     backbone = RTDetrResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96],
-        depths=[1, 1, 1],
+        embedding_size=16,
+        hidden_sizes=[16, 32, 64, 96],
+        depths=[1, 1, 1, 1],
         layer_type="basic",
-        out_features=["stage1", "stage2", "stage3"],
+        out_features=["stage2", "stage3", "stage4"],
     )
     width = 64
     config = RTDetrConfig(
-        initializer_range=0.05,  # the default suits wider models
         backbone_config=backbone,
         freeze_backbone_batch_norms=False,  # nothing pretrained to keep
         d_model=width,
         encoder_hidden_dim=width,
-        feat_strides=[4, 8, 16],  # finer than usual: the smallest shapes are 8 pixels wide
-        encoder_in_channels=backbone.hidden_sizes,
+        encoder_in_channels=backbone.hidden_sizes[1:],
         encoder_ffn_dim=2 * width,
         encoder_attention_heads=4,
         hidden_expansion=0.5,
@@ -50,7 +48,7 @@ def build_detector() -> tuple[RTDetrForObjectDetection, RTDetrImageProcessor]:
         decoder_attention_heads=4,
         decoder_layers=2,
         num_queries=20,
-        num_denoising=10,
+        num_denoising=20,
         id2label={0: "object"},
         label2id={"object": 0},
     )

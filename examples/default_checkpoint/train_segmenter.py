@@ -21,13 +21,13 @@ from .resumable_training import run, train, training_parser, write_scores
 from .scene_pool import ScenePool, scene_pool
 
 
-STEPS = 2000
+STEPS = 1600
 BOXES_PER_SCENE = 4
 
 
 def build_segmenter() -> tuple[SamModel, SamImageProcessor]:
     """A segmenter with random weights, and its image processor."""
-    patch_size, width = 6, 64
+    patch_size, width = 6, 96
     spread = 0.1  # of the random weights; the defaults suit much wider models, the vision encoder's none
     config = SamConfig(
         initializer_range=spread,
@@ -102,7 +102,7 @@ def train_segmenter(
         return mask_loss(logits, masks, outputs.iou_scores[..., 0])
 
     scores = train(
-        model, loss_at, state_path, steps=steps, seed=seed, learning_rate=1.5e-3, save_every=min(200, steps // 4)
+        model, loss_at, state_path, steps=steps, seed=seed, learning_rate=2e-3, save_every=min(200, steps // 4)
     )
     model.save_pretrained(output_dir)
     image_processor.save_pretrained(output_dir)
@@ -125,13 +125,17 @@ def _prompts(scenes: ScenePool, rng: np.random.Generator) -> tuple[Tensor, Tenso
 
 
 def mask_loss(logits: Tensor, masks: Tensor, iou_scores: Tensor) -> Tensor:
-    """Cross-entropy per pixel and dice of the masks (B, n, H, W), and the error of the IoU that the model expects."""
-    found = logits.sigmoid()
-    dice = 1 - 2 * (found * masks).sum((-2, -1)) / (found.sum((-2, -1)) + masks.sum((-2, -1)))
+    """Cross-entropy and dice of the masks (B, n, H, W), and the error of the IoU that the model expects.
+
+    The cross-entropy is divided by the shape's area, or else small shapes would hardly count.
+    """
+    found, areas = logits.sigmoid(), masks.sum((-2, -1))
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").sum((-2, -1)) / areas
+    dice = 1 - 2 * (found * masks).sum((-2, -1)) / (found.sum((-2, -1)) + areas)
     with torch.no_grad():
         both = ((logits > 0) & (masks > 0)).sum((-2, -1))
         iou = both / ((logits > 0) | (masks > 0)).sum((-2, -1))
-    return 5 * F.binary_cross_entropy_with_logits(logits, masks) + dice.mean() + F.mse_loss(iou_scores, iou)
+    return cross_entropy.mean() + dice.mean() + F.mse_loss(iou_scores, iou)
 
 
 def main() -> None:

@@ -492,7 +492,8 @@ def test_only_the_shards_of_the_tower_are_read_and_strictly(tiny_checkpoint, tmp
         (folder / name).write_bytes(b"broken")
     call = {"images": picture(0), "text": TEXT, "masks": np.ones((1, 61, 97), bool), "return_tensors": "pt"}
     expected = AutoProcessor.from_pretrained(tiny_checkpoint)(**call)["object_embeds"]
-    assert torch.equal(AutoProcessor.from_pretrained(folder)(**call)["object_embeds"], expected)
+    # Equal but for the order of sums, which depends on where in memory the weights lie
+    torch.testing.assert_close(AutoProcessor.from_pretrained(folder)(**call)["object_embeds"], expected)
 
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] += 1

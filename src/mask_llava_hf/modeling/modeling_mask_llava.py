@@ -66,6 +66,11 @@ class MaskLlavaPreTrainedModel(LlavaPreTrainedModel):
         # this one leaves all initialisation to the library's classes.
         return cls.is_remote_code()
 
+    def post_init(self):
+        super().post_init()
+        # CLIP's vision tower also names the layers of its text model, and FSDP refuses names of layers it cannot find
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
 
 class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
     """The vision tower, the projector and the language model, without a head.
@@ -330,10 +335,11 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
                 patch_grid_size,
             )
             input_ids = None
-        elif encoded is None and self.training and torch.is_grad_enabled() and self._image_path_is_trainable():
+        elif encoded is None and self._image_path_runs_without_images(past_key_values):
+            zero = self._zero_from_image_path()  # before the text, as images are
             if inputs_embeds is None:
                 inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
-            inputs_embeds = inputs_embeds + self._zero_from_image_path(inputs_embeds)
+            inputs_embeds = inputs_embeds + zero.to(inputs_embeds.device, inputs_embeds.dtype)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -376,18 +382,32 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         placeholders = self._checked_placeholders(input_ids, inputs_embeds, valid.sum())
         return inputs_embeds.masked_scatter(placeholders, tokens), tokens
 
+    def _image_path_runs_without_images(self, past_key_values: Cache | None) -> bool:
+        # FSDP and ZeRO-3 gather a module's shards when it runs, and DDP waits for the gradients of all trained weights:
+        # a process whose batch has no image would skip the tower and the projector, and the others would wait forever
+        if self.training and torch.is_grad_enabled() and self._image_path_is_trainable():
+            return True
+        # Frozen weights are sharded, too. With a cache this is generation, where all processes have the same input
+        if past_key_values is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        modules = (*self.vision_tower.modules(), *self.multi_modal_projector.modules())
+        return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in modules) or any(
+            hasattr(parameter, "ds_id") for module in modules for parameter in module.parameters(recurse=False)
+        )
+
     def _image_path_is_trainable(self) -> bool:
         modules = (self.vision_tower, self.multi_modal_projector)
         return any(p.requires_grad for module in modules for p in module.parameters())
 
-    def _zero_from_image_path(self, like: torch.Tensor) -> torch.Tensor:
-        # FSDP and ZeRO-3 gather a module's shards when it runs: a rank whose micro-batch has no image would skip the
-        # tower and the projector, and the other ranks would wait for it forever
+    def _zero_from_image_path(self) -> torch.Tensor:
+        """A zero that the tower and the projector made from a blank image."""
         vision = self.config.vision_config
         size = (1, vision.num_channels, vision.image_size, vision.image_size)
         blank = torch.zeros(size, dtype=self.vision_tower.dtype, device=self.vision_tower.device)
         tokens = torch.cat(self.get_image_features(blank, return_dict=True).pooler_output)
-        return (tokens * 0).sum().to(like.device, like.dtype)  # not sum * 0: a 16-bit sum can overflow to NaN
+        return (tokens * 0).sum()  # not sum * 0: a 16-bit sum can overflow to NaN
 
     def _warn_if_embeddings_go_stale(self) -> None:
         if any(p.requires_grad for p in self.vision_tower.parameters()):
