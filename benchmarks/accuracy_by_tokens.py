@@ -114,6 +114,8 @@ class Benchmark:
         todo = [one for one in runs if not self.part(*one).exists()]
         print(f"{len(runs) - len(todo)} of {len(runs)} runs were finished before; logs and results: {self.folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "test"):
+            self.schedule.paths(self.work_dir, split)  # what is missing is drawn once, not by every run
         with ThreadPoolExecutor(jobs) as waiting_for:
             return [log for log in waiting_for.map(lambda one: self._run_in_process(*one), todo) if log is not None]
 

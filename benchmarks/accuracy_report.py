@@ -3,6 +3,7 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -41,7 +42,11 @@ def merge(parts: Iterable[Path], prior: dict[str, float]) -> list[Row]:
             rows += csv.DictReader(file)
     names = [*VARIANTS, *ABLATIONS]
     rows.sort(key=lambda row: (names.index(row["variant"]), int(row["seed"])))
-    return [{**row, "prior": round(prior[row["question_kind"]], 4)} for row in rows]
+    seeds = Counter(row["variant"] for row in {(row["variant"], row["seed"]): row for row in rows}.values())
+    return [
+        {**row, "seeds_of_variant": seeds[row["variant"]], "prior": round(prior[row["question_kind"]], 4)}
+        for row in rows
+    ]
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -92,12 +97,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Two panels: the streams at equal budgets, and all three with fewer objects."""
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     by_tokens, by_objects = figure.subplots(1, 2)
-    _draw_streams(by_tokens, rows)
-    _draw_objects(by_objects, rows)
+    prior = 100 * average(select(rows), "prior")
     for axes in (by_tokens, by_objects):
+        axes.axhline(prior, color="#555555", ls="--", lw=1.2, label="all but marked, without looking")
         axes.set_ylabel("right answers, %")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    _draw_streams(by_tokens, rows)
+    _draw_objects(by_objects, rows)
     first = rows[0]
     figure.suptitle(
         "Accuracy on held-out scenes of the small world by tokens per image\n"
@@ -120,7 +127,6 @@ def _draw_streams(axes: Axes, rows: Sequence[Row]) -> None:
         seeds = num_seeds(select(rows, variant=name))
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=color, lw=2, label=f"{name} ({_seeds(seeds)})")
-    axes.axhline(100 * average(select(rows), "prior"), color="#555555", ls="--", lw=1.2, label="without looking")
     axes.set_xlabel(f"tokens per image, mean of what was used (budgets {', '.join(map(str, BUDGETS))})")
     axes.set_title('Streams at equal budgets, all kinds of questions but "marked"', fontsize=10)
     axes.legend(fontsize=9, loc="best")

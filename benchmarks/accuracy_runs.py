@@ -108,7 +108,8 @@ def run(name: str, seed: int, schedule: Schedule, work_dir: Path, folder: Path) 
 
     model = AutoModelForImageTextToText.from_pretrained(folder / "finetuned")
     processor = AutoProcessor.from_pretrained(folder / "finetuned")
-    rows = measure(model, processor, ask_about(test_pictures, store), "detected")
+    caps = OBJECT_CAPS if name in VARIANTS else ()
+    rows = measure(model, processor, ask_about(test_pictures, store), "detected", caps=caps)
     if name == "all three":
         asked = ask_about(test_pictures, true_objects(test_pictures, processor))
         rows += measure(model, processor, asked, "ground truth", budgets=BUDGETS[:1], caps=())

@@ -21,11 +21,13 @@ from pathlib import Path
 import torch
 from default_checkpoint.answer_scores import ask_about, prior_scores, score_answers
 from default_checkpoint.assemble import assemble
+from default_checkpoint.card import write_card
 from default_checkpoint.probe_vision_tower import probe_vision_tower
 from default_checkpoint.publish import publish
 from default_checkpoint.resumable_training import write_scores
 from default_checkpoint.train_mask_llava import learn_answers, learn_captions
 from default_checkpoint.world_conversations import save_pictures
+from shapes_world import make_scene
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mask_llava_hf import ObjectStore
@@ -36,8 +38,10 @@ EXAMPLES = Path(__file__).parent
 # Below it most boxes are second ones around a shape; the scores of `train_detector` say how many.
 SCORE_THRESHOLD = 0.3
 
+EXAMPLE_SCENE = 7  # of the test split; the checkpoint carries its picture
+
 PARTS = ("vision_tower", "language_model", "detector", "segmenter")  # the longest first
-STAGES = (*PARTS, "probes", "start", "objects", "projector", "finetuned", "published")
+STAGES = (*PARTS, "probes", "start", "objects", "projector", "finetuned", "refined", "published")
 
 
 def main() -> None:
@@ -97,6 +101,7 @@ class Work:
             "objects": self.precompute,
             "projector": self.train_projector,
             "finetuned": self.finetune,
+            "refined": self.refine,
             "published": self.publish,
         }
         scores = steps[stage]()
@@ -141,18 +146,33 @@ class Work:
         return learn_captions(self.folder / "start", self.folder / "projector", pictures, store, seed=self.seed)
 
     def finetune(self) -> dict[str, float]:
-        start, output_dir = self.folder / "projector", self.folder / "finetuned"
+        return self._learn_answers("projector", "finetuned", first_round=0)
+
+    def refine(self) -> dict[str, float]:
+        """The same again, with other questions and a learning rate that rises once more."""
+        return self._learn_answers("finetuned", "refined", first_round=self.rounds)
+
+    def _learn_answers(self, start: str, stage: str, first_round: int) -> dict[str, float]:
         return learn_answers(
-            start, output_dir, self.pictures("train"), self.store(), rounds=self.rounds, seed=self.seed
+            self.folder / start,
+            self.folder / stage,
+            self.pictures("train"),
+            self.store(),
+            rounds=self.rounds,
+            first_round=first_round,
+            seed=self.seed,
         )
 
     def publish(self) -> dict[str, float]:
-        publish(self.folder / "finetuned", self.output_dir)
+        publish(self.folder / "refined", self.output_dir)
+        make_scene("test", EXAMPLE_SCENE).draw().save(self.output_dir / "example.png")
         model = AutoModelForImageTextToText.from_pretrained(self.output_dir)
         processor = AutoProcessor.from_pretrained(self.output_dir)
         asked = ask_about(self.pictures("test"), self.store())
         prior = {f"prior: {kind}": score for kind, score in prior_scores(asked).items()}
-        return {**score_answers(model, processor, asked), **prior}
+        scores = {**score_answers(model, processor, asked), **prior}
+        write_card(self.folder, scores, self.output_dir)
+        return scores
 
 
 if __name__ == "__main__":

@@ -32,10 +32,17 @@ def learn_captions(
 
 
 def learn_answers(
-    start: Path, output_dir: Path, pictures: Sequence[Path], store: ObjectStore, *, rounds: int = 4, **options: Any
+    start: Path,
+    output_dir: Path,
+    pictures: Sequence[Path],
+    store: ObjectStore,
+    *,
+    rounds: int = 4,
+    first_round: int = 0,
+    **options: Any,
 ) -> dict[str, float]:
     """Stage 2: projector and language model, on `rounds` conversations per picture. See `_train` for the options."""
-    dataset = Conversations(pictures, store, rounds=rounds)
+    dataset = Conversations(pictures, store, rounds=rounds, first_round=first_round)
     return _train(finetune_full, {**FINETUNE, **options}, start, output_dir, dataset)
 
 

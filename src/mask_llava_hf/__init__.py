@@ -5,6 +5,8 @@ Importing this package registers them: `AutoModelForImageTextToText`, `AutoProce
 and their kin then load Mask-LLaVA checkpoints like any other.
 """
 
+from pathlib import Path
+
 from .modeling.configuration_mask_llava import MaskLlavaConfig
 from .modeling.modeling_mask_llava import QUANTIZATION_SKIP_MODULES, MaskLlavaForConditionalGeneration, MaskLlavaModel
 from .processing.collator import MaskLlavaCollator
@@ -17,7 +19,12 @@ from .registration import register
 
 __version__ = "0.1.0.dev0"
 
+# A small trained Mask-LLaVA with all its parts, for `from_pretrained`: its README.md says how it was made and what it
+# cannot do.
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "default_checkpoint")
+
 __all__ = [
+    "DEFAULT_CHECKPOINT",
     "QUANTIZATION_SKIP_MODULES",
     "ImageObjects",
     "MaskLlavaCollator",

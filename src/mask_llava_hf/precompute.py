@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .processing.conversations import _json_rows
+from .processing.conversations import json_rows
 from .processing.image_inputs import upright_images
 from .processing.object_store import ObjectStore, image_key, write_whole
 from .processing.objects.image_objects import ImageObjects
@@ -390,7 +390,7 @@ def _json_images(path: Path, folder: Path) -> list[NamedImage]:
     """The images of a file in LLaVA's layout."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    rows = (row for row in _json_rows(str(path)) if isinstance(row, Mapping))
+    rows = (row for row in json_rows(str(path)) if isinstance(row, Mapping))
     names = _unique_paths(row.get("images") or row.get("image") for row in rows)
     if not names:
         raise ValueError(f"No row of {str(path)!r} has an `image` with the path of one.")

@@ -2,6 +2,7 @@
 import csv
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from accuracy_by_tokens import Benchmark
 from accuracy_report import draw, merge, summary, write_rows
 from accuracy_runs import ABLATIONS, BUDGETS, MEAN, OBJECT_CAPS, VARIANTS, Schedule
 from default_checkpoint import train_mask_llava
-from default_checkpoint.answer_scores import AskedPicture, ask_about, score_answers
+from default_checkpoint.answer_scores import AskedPicture, ask_about, prior_scores, score_answers
 from PIL import Image
 from shapes_world import QUESTION_KINDS, make_scene
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -213,7 +214,8 @@ def test_another_start_has_other_results(work_dir, tmp_path):
         Benchmark(tmp_path, SCHEDULE)
 
 
-def test_prior_is_for_the_same_questions(work_dir):
+def test_prior_is_for_the_same_questions(work_dir, monkeypatch):
+    monkeypatch.setattr(accuracy_by_tokens, "prior_scores", partial(prior_scores, num_scenes=50))
     bench = Benchmark(work_dir, SCHEDULE)
     bench.folder.mkdir(parents=True, exist_ok=True)
     prior = bench.prior()

@@ -15,7 +15,7 @@ def test_conversion_says_what_it_did(tmp_path, capsys):
     for line in (
         "source    LLaVA, research layout (its config has `mm_...` fields, with the weights of a whole model)",
         "target    target",
-        "GB in float16; 79 tensors written, 1 of the source's not needed",
+        "GB in float16; 80 tensors written, 1 of the source's not needed",
         "dropped model.layers.0.self_attn.rotary_emb.inv_freq: rotary frequencies; computed from the config",
         "tokens    16 patches = 16 tokens per image",
         "note      vocabulary: 320 rows became 384",

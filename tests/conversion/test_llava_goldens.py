@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mask_llava_hf.conversion import convert_checkpoint, export_checkpoint
+from mask_llava_hf.processing.chat_templates import VICUNA_V1
 
 
 CASES = {
@@ -57,6 +58,17 @@ def test_pixels_features_logits_and_answer_are_those_of_the_research_code(case, 
     assert torch.equal(answer, golden[f"generated.{name}"])
     loss = torch.nn.functional.cross_entropy(logits[0, -7:-1, :NUM_ROWS], ids[-6:])
     torch.testing.assert_close(loss, golden[f"loss_last6.{name}"].squeeze(), rtol=0, atol=5e-6)
+
+
+def test_chat_template_writes_the_prompts_of_the_research_code(case):
+    _, processor, _, prompts = case
+    for name, question in (
+        ("landscape", "what is shown in the image?"),
+        ("portrait", "how many objects are there, and what colour is the cup on the table?"),
+    ):
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        written = processor.apply_chat_template(chat, chat_template=VICUNA_V1, add_generation_prompt=True)
+        assert written == prompts[name]["prompt"]
 
 
 def test_batch_text_and_two_pictures(case):

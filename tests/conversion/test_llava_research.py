@@ -77,6 +77,7 @@ VARIANTS = {
     "longer positions": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "other base of positions": {"rope_theta": 500.0},
     "oldest model type": {"model_type": "llava"},
+    "Mistral": {"model_type": "llava_mistral", "num_key_value_heads": 2, "sliding_window": None},
     "cropped images": {"image_aspect_ratio": ABSENT},
     "square images": {"image_aspect_ratio": "square"},
     "tower in the older field": {"mm_vision_tower": ABSENT, "vision_tower": "vision_tower"},
@@ -99,6 +100,19 @@ def test_every_form_of_weight_files(tmp_path, photo, form):
         (source / "model.safetensors").unlink()
         torch.save(tensors, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     check(source, tmp_path / "target", photo, weights_of())
+
+
+def test_sharded_result(tmp_path, photo):
+    report = check(write_checkpoint(tmp_path), tmp_path / "target", photo, weights_of(), max_shard_bytes=100_000)
+    shards = sorted((tmp_path / "target").glob("*.safetensors"))
+    assert [path.name for path in shards] == [f"model-0000{i}-of-00003.safetensors" for i in range(1, 4)]
+    assert max(sum(t.nbytes for t in load_file(path).values()) for path in shards) <= 100_000 < report.num_bytes
+
+
+def test_sliding_window_that_is_switched_off_stays_off(tmp_path):
+    mistral = {"model_type": "llava_mistral", "sliding_window": None}
+    convert_checkpoint(write_checkpoint(tmp_path, **mistral), tmp_path / "target", self_check=False)
+    assert json.loads((tmp_path / "target/config.json").read_text())["text_config"]["sliding_window"] is None
 
 
 def test_whole_clip_as_the_tower(tmp_path, photo):

@@ -32,6 +32,11 @@ ROUND_TRIPS = {
     "positions": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 500.0},
     "marks": {"mm_use_im_start_end": True, "vocab_size": 322},
     "odd vocabulary": {"vocab_size": 331},
+    "Mistral": {
+        "model_type": "llava_mistral",
+        "architectures": ["LlavaMistralForCausalLM"],
+        "sliding_window": None,
+    },
     "cropped": {"image_aspect_ratio": None},
 }
 
@@ -108,6 +113,15 @@ def test_finetuned_checkpoint_without_its_slow_tokenizer(tmp_path):
     expected = weights(tmp_path / "checkpoint")["lm_head.weight"] * 2
     assert torch.equal(weights(tmp_path / "back")["lm_head.weight"], expected.half())
     assert (tmp_path / "back/tokenizer.model").exists()
+
+
+def test_tokens_that_were_added_later_are_not_cut_off(tmp_path):
+    convert_checkpoint(write_checkpoint(tmp_path), tmp_path / "ours", self_check=False)
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    processor.tokenizer.add_tokens(["<point>"])
+    processor.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="1 tokens were added after the conversion .<point>..*--base"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "back")
 
 
 @pytest.mark.parametrize(

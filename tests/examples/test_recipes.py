@@ -201,7 +201,7 @@ def test_a_model_learns_what_only_the_objects_tell(tmp_path):
         if "loss" in entry
     ]
     blind = torch.log(torch.tensor(2.0)) / (len(tokenizer(" cup").input_ids))  # per token, if the objects were not seen
-    assert losses[0] > 3 and max(losses[-3:]) < 0.1 * blind
+    assert losses[0] > 3 and max(losses[-3:]) < 0.3 * blind
     batch = MaskLlavaCollator(processor, object_dropout=(0, 0))(dataset.rows[:8])
     with torch.no_grad():
         assert model.eval()(**batch).loss > blind  # without its objects it cannot know

@@ -57,6 +57,7 @@ def probed(trained, cache_dir):
     folder, _, _ = trained
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probing, "LEARNING_RATES", (0.1, 1.0))
+        patch.setattr(probing, "ITERATIONS", 4)
         return probe_vision_tower(folder, quick=True, cache_dir=cache_dir)
 
 
@@ -125,19 +126,21 @@ def test_normalized_pictures_are_those_of_the_image_processor(trained):
         torch.testing.assert_close(normalized(pictures, processor), pixel_values, rtol=0, atol=1e-5)
 
 
-def test_fresh_tower_looks_at_neighbours():
+def test_fresh_tower_looks_at_neighbours(cache_dir):
+    """Each head of the first block at its own; blank pictures hide none, real ones here and there."""
     torch.manual_seed(0)
     tower = ClipWithNames(300).clip.vision_model.eval()
     tower.set_attn_implementation("eager")
-    patches = torch.arange(GRID * GRID).view(GRID, GRID)
-    pictures = torch.stack([torch.zeros(3, SIDE, SIDE), torch.randn(3, SIDE, SIDE)])
+    scenes = normalized(scene_pool("test", 10, cache_dir).images, square_image_processor())
     with torch.no_grad():
-        weights = tower(pictures, output_attentions=True).attentions[0]
-    peaks = weights[:, :, 1:, 1:].argmax(-1).view(len(pictures), 4, GRID, GRID)
+        weights = tower(torch.cat([torch.zeros_like(scenes[:1]), scenes]), output_attentions=True).attentions[0]
+    peaks = weights[:, :, 1:, 1:].argmax(-1).view(len(weights), 4, GRID, GRID)
+    patches = torch.arange(GRID * GRID).view(GRID, GRID)
     for head, (down, right) in enumerate(((0, 1), (0, -1), (1, 0), (-1, 0))):
         neighbours = patches.roll((-down, -right), (0, 1))
-        for seen in peaks[:, head]:
-            assert torch.equal(seen[1:-1, 1:-1], neighbours[1:-1, 1:-1]), (head, down, right)
+        hits = (peaks[:, head] == neighbours)[:, 1:-1, 1:-1]
+        assert hits[0].all(), (head, down, right)
+        assert hits[1:].float().mean() > 0.9, (head, down, right)
 
 
 # --------------------------------------------------------------------------------------------- statements

@@ -286,6 +286,15 @@ def test_a_sample_that_does_not_fit_is_named(processor, samples, change, message
         MaskLlavaCollator(processor)([samples[1], {**samples[0], "id": "x7", **change}])
 
 
+def test_an_image_that_cannot_be_read_is_named(processor, samples, tmp_path):
+    picture(0, (200, 300)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
+    for path in ("cut.png", "missing.png"):
+        broken = {**samples[3], "id": 5, "images": [str(tmp_path / path)]}
+        with pytest.raises(ValueError, match="Sample 5 has an image that cannot be read"):
+            MaskLlavaCollator(processor)([samples[1], broken])
+
+
 def test_an_answer_past_the_limit_is_told(processor, samples):
     with pytest.raises(ValueError, match=r"no token to learn from.*begins before `max_length`=8"):
         MaskLlavaCollator(processor, max_length=8)(samples[1:2])

@@ -85,7 +85,7 @@ def test_a_long_file_is_read_in_pieces(folder, monkeypatch):
     rows = [{**ROWS[0], "id": str(number) * number} for number in range(30)]
     for lines in (False, True):
         path = write(folder, rows, lines)
-        assert [row["id"] for row in conversations._json_rows(str(path))] == [row["id"] for row in rows]
+        assert [row["id"] for row in conversations.json_rows(str(path))] == [row["id"] for row in rows]
 
 
 def test_a_changed_file_is_read_anew(folder):

@@ -16,9 +16,9 @@ from ..modeling.token_layout import TokenLayout
 from ..processing.processing_mask_llava import MaskLlavaProcessor
 from .checkpoint_writer import MAX_SHARD_BYTES, check_target, new_folder, write_weights
 from .conversion_report import ConversionReport
-from .converted_model import Composition, ConvertedModel
+from .converted_model import ChatTemplate, Composition, ConvertedModel
 from .llava_hf import read_llava_hf
-from .llava_research import ChatTemplate, ResearchSource, read_llava_research
+from .llava_research import ResearchSource, read_llava_research
 from .research_tokenizer import SLOW_TOKENIZER_FILES
 from .sam_checkpoint import convert_sam
 from .self_check import check_checkpoint

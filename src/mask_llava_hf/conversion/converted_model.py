@@ -16,6 +16,7 @@ from .vocabulary import grown_vocabulary, with_mean_rows
 
 
 Composition = Literal["llava", "mask-llava"]
+ChatTemplate = Literal["vicuna-v1", "plain"]
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 

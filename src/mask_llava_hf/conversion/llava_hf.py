@@ -9,9 +9,8 @@ from transformers import LlavaConfig
 from ..modeling.configuration_mask_llava import MaskLlavaConfig
 from ..processing.chat_templates import plain, vicuna_v1
 from .checkpoint_files import open_checkpoint
-from .converted_model import Composition, ConvertedModel, composition_fields, with_image_token
+from .converted_model import ChatTemplate, Composition, ConvertedModel, composition_fields, with_image_token
 from .key_renames import LLAVA_HF
-from .llava_research import ChatTemplate
 from .research_tokenizer import load_source_tokenizer
 from .source_files import read_config, read_json
 from .tower_files import image_processor_for, read_preprocessor

@@ -17,7 +17,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..modeling.configuration_mask_llava import MaskLlavaConfig
 from ..processing.chat_templates import plain, vicuna_v1
 from .checkpoint_files import LazyTensor, open_checkpoint, open_weights
-from .converted_model import EMBEDDINGS, HEAD, Composition, ConvertedModel, composition_fields, with_image_token
+from .converted_model import (
+    EMBEDDINGS,
+    HEAD,
+    ChatTemplate,
+    Composition,
+    ConvertedModel,
+    composition_fields,
+    with_image_token,
+)
 from .key_renames import FROZEN_TOWER, LLAVA_RESEARCH, MASK_LLAVA_RESEARCH
 from .lora_merging import merge_adapter
 from .research_tokenizer import IMAGE_TOKEN, load_source_tokenizer
@@ -57,7 +65,6 @@ _IN_STATE_DICT = "model.vision_tower."
 _TOWER_MEND = "Point to a folder with the tower: `--vision-tower FOLDER`."
 
 ResearchKind = Literal["full", "projector", "adapter"]
-ChatTemplate = Literal["vicuna-v1", "plain"]
 
 
 @dataclass(frozen=True)
@@ -200,13 +207,13 @@ def _rename(
     table = MASK_LLAVA_RESEARCH if is_mask_llava else LLAVA_RESEARCH
     weights = rename_weights({name: t for name, t in tensors.items() if counts or name not in inside}, table)
     if not counts:
-        weights.dropped.update(dict.fromkeys(inside, FROZEN_TOWER.reason))
+        weights.dropped.update(dict.fromkeys((tensor.name for tensor in inside.values()), FROZEN_TOWER.reason))
         weights.update(tower.weights())
     return weights
 
 
 def _text_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    fields = {name: config[name] for name in TEXT_FIELDS if config.get(name) is not None}
+    fields = {name: config[name] for name in TEXT_FIELDS if name in config}  # null says something: no sliding window
     scaling = fields.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:

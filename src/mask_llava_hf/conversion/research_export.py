@@ -15,7 +15,7 @@ from ..modeling.configuration_mask_llava import MaskLlavaConfig
 from ..modeling.token_layout import TokenLayout
 from ..processing.processing_mask_llava import MaskLlavaProcessor
 from .checkpoint_conversion import SLOW_TOKENIZER_FOLDER, check_places, describe_tokens
-from .checkpoint_files import LazyTensor, open_checkpoint
+from .checkpoint_files import LazyTensor, list_names, open_checkpoint
 from .checkpoint_writer import MAX_SHARD_BYTES, check_target, new_folder, write_weights
 from .conversion_report import ConversionReport
 from .converted_model import EMBEDDINGS, HEAD
@@ -137,11 +137,18 @@ def _slow_tokenizer(source: Path, base: str | None) -> Path:
 
 def _source_rows(config: MaskLlavaConfig, processor: MaskLlavaProcessor) -> int:
     """Rows of the vocabulary without those that were added for `<image>`."""
+    vocabulary, image = processor.tokenizer.get_vocab(), config.image_token_id
     recorded = getattr(config, "source_vocab_size", None)
-    if recorded is not None:
-        return recorded
-    others = (id for token, id in processor.tokenizer.get_vocab().items() if id != config.image_token_id)
-    return max(others) + 1
+    if recorded is None:
+        return 1 + max(id for id in vocabulary.values() if id != image)
+    later = [token for token, id in vocabulary.items() if id >= recorded and id > image]
+    if later:
+        raise ValueError(
+            f"{len(later)} tokens were added after the conversion ({list_names(later)}), and the slow tokenizer of the "
+            "research code does not know them: their rows would be cut off. Give one that has them as `--base`, and "
+            f"remove `source_vocab_size` ({recorded}) from `config.json`."
+        )
+    return recorded
 
 
 def _first_rows(tensor: LazyTensor, num_rows: int) -> LazyTensor:
@@ -158,7 +165,7 @@ def _config(
     vocabulary = processor.tokenizer.get_vocab()
     tokens = processor.tokenizer
     said = {
-        **{name: text[name] for name in TEXT_FIELDS if text.get(name) is not None},
+        **{name: text[name] for name in TEXT_FIELDS if name in text},
         "architectures": [_ARCHITECTURES[config.text_config.model_type]],
         "model_type": _RESEARCH_MODELS[config.text_config.model_type],
         "rope_theta": theta,

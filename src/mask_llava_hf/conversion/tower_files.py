@@ -60,11 +60,9 @@ def read_tower(folder: Path) -> VisionTower:
             f'The vision tower `{folder.name}` has model_type "{kind}", expected "clip" or "clip_vision_model": '
             "Mask-LLaVA needs a tower with a CLS token. Name a CLIP tower."
         )
-    return VisionTower(
-        folder=folder,
-        config=CLIPVisionConfig.from_pretrained(folder),
-        preprocessor=read_preprocessor(folder),
-    )
+    vision = CLIPVisionConfig.from_pretrained(folder)
+    vision.architectures = None  # of the file it came from, not of a part of a model
+    return VisionTower(folder=folder, config=vision, preprocessor=read_preprocessor(folder))
 
 
 def read_preprocessor(folder: Path) -> dict[str, Any]:

@@ -43,11 +43,11 @@ def rename_weights(source: Mapping[str, LazyTensor], table: Table) -> RenamedWei
     for name, tensor in source.items():
         outcome = rename(name, table)
         if outcome is None:
-            weights.unknown.append(name)
+            weights.unknown.append(tensor.name)
         elif isinstance(outcome, Drop):
-            weights.dropped[name] = outcome.reason
+            weights.dropped[tensor.name] = outcome.reason
         elif outcome in weights.tensors:
-            weights.doubled[name] = outcome
+            weights.doubled[tensor.name] = outcome
         else:
             weights.tensors[outcome] = tensor
     return weights
@@ -90,7 +90,7 @@ def checked_weights(weights: RenamedWeights, model: PreTrainedModel) -> dict[str
     if said:
         raise ValueError(
             "The checkpoint does not fit its config. It has " + "; and ".join(said) + ". Nothing was converted, as "
-            "weights would be lost or random. Is `config.json` that of these weights, and is the layout the right one "
-            "(`--from`)? Names of a new layout belong in `conversion/key_renames.py`."
+            "weights would be lost or random. Is `config.json` that of these weights?"
+            + (" Names of a layout that is new belong in `conversion/key_renames.py`." if unknown else "")
         )
     return {name: found[name] for name in expected}

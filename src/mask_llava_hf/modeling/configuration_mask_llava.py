@@ -148,7 +148,7 @@ class MaskLlavaConfig(LlavaConfig):
             raise ValueError(
                 f'This checkpoint has model_type "{found}", but {cls.__name__} reads "{cls.model_type}". Loading it '
                 "anyway would leave weights random under names that do not match. Convert it first: `mask-llava "
-                "convert SOURCE TARGET`, in the version of this package that has the converters."
+                "convert SOURCE TARGET`."
             )
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded

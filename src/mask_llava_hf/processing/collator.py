@@ -184,7 +184,10 @@ class MaskLlavaCollator:
                 f"{_name(sample, position)} has {self.processor.image_token!r} in its text, which would be read as one "
                 "more image. Images are blocks of their own; take it out of the text."
             )
-        return upright_images(images)
+        try:
+            return upright_images(images)
+        except (OSError, ValueError) as error:  # a broken file among a million
+            raise ValueError(f"{_name(sample, position)} has an image that cannot be read: {error}") from error
 
     def _objects(
         self, sample: Mapping[str, Any], pictures: list[Image.Image], position: int
@@ -207,8 +210,8 @@ class MaskLlavaCollator:
         missing = [index for index, entry in enumerate(objects) if entry is None]
         if missing and self.processor.object_settings["detector"] is not None:
             found = self.processor.find_objects([pictures[index] for index in missing])
-            for index, entry in zip(missing, found, strict=True):
-                objects[index] = entry
+            for index, made in zip(missing, found, strict=True):
+                objects[index] = made
         for index, entry in enumerate(objects):
             if entry is not None:
                 # A hash of all that the draw depends on, in place of a generator with a state

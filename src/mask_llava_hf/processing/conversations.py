@@ -111,7 +111,7 @@ def _read_json(path: Path, image_folder: str | os.PathLike | None, split: str) -
 
 def _json_conversations(path: str, image_folder: str) -> Iterator[dict[str, Any]]:
     locate = _image_locator(image_folder)
-    for index, row in enumerate(_json_rows(path)):
+    for index, row in enumerate(json_rows(path)):
         lost = [name for name in _OBJECT_COLUMNS if isinstance(row, Mapping) and row.get(name) is not None]
         if lost:
             raise ValueError(
@@ -121,7 +121,7 @@ def _json_conversations(path: str, image_folder: str) -> Iterator[dict[str, Any]
         yield _converted(row, index, locate)
 
 
-def _json_rows(path: str) -> Iterator[Any]:
+def json_rows(path: str) -> Iterator[Any]:
     """The rows of a JSON list, or of a file with one JSON value a line, without holding more than a few in memory."""
     decoder, content = json.JSONDecoder(), re.compile(r"[^\s,]")
 
