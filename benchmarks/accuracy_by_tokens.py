@@ -134,7 +134,7 @@ class Benchmark:
 
     def publish(self, output_dir: Path) -> str:
         """Writes CSV and plot of all runs that are finished, and returns a summary."""
-        parts = sorted(self.folder.glob("*.csv"))
+        parts = sorted(self.folder.glob("*-[0-9]*.csv"))  # not what was published there
         if not parts:
             sys.exit(f"No run is finished in {self.folder}.")
         rows = merge(parts, self.prior())

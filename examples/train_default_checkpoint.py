@@ -38,7 +38,7 @@ EXAMPLES = Path(__file__).parent
 # Below it most boxes are second ones around a shape; the scores of `train_detector` say how many.
 SCORE_THRESHOLD = 0.3
 
-EXAMPLE_SCENE = 7  # of the test split; the checkpoint carries its picture
+EXAMPLE_SCENE = 189  # of the test split, one with five shapes that the checkpoint answers rightly about
 
 PARTS = ("vision_tower", "language_model", "detector", "segmenter")  # the longest first
 STAGES = (*PARTS, "probes", "start", "objects", "projector", "finetuned", "refined", "published")

@@ -66,7 +66,12 @@ def _add_precompute(commands: Any) -> None:
     parser.add_argument("--image-folder", help="where the paths in a JSON file start; default: its own folder")
     parser.add_argument("--split", default="train", help="of a dataset with several; default: %(default)s")
     parser.add_argument("--max-object-tokens", type=int, help="objects per image; default: as in the checkpoint")
-    parser.add_argument("--batch-size", type=int, default=8, help="images that the models get at once; default: 8")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="images that the models get at once, fewer for large photographs; default: 8",
+    )
     parser.add_argument("--device", help="where the models run; default: the accelerator, if there is one")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the models; default: each as it was saved")
     parser.add_argument("--embedding-dtype", choices=["float32", "float16"], default="float32", help="in the store")

@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, islice
@@ -27,7 +28,7 @@ from transformers.utils import logging
 
 from .processing.conversations import json_rows
 from .processing.image_inputs import upright_images
-from .processing.object_store import ObjectStore, image_key, write_whole
+from .processing.object_store import ObjectStore, ObjectWriter, image_key, write_whole
 from .processing.objects.image_objects import ImageObjects
 from .processing.processing_mask_llava import MaskLlavaProcessor
 
@@ -89,7 +90,8 @@ class PrecomputeWorker:
             embeddings are stored with the masks; otherwise masks alone.
         folder: of the store; is made where it is missing.
         max_object_tokens: at most this many objects per image; default: as saved in the processor.
-        batch_size: images that detector and segmenter get at once.
+        batch_size: images that detector and segmenter get at once. Fewer for large photographs: all candidates have a
+            mask at the size of their image, 600 MB for an image of 12 megapixels.
         embedding_dtype: of stored embeddings, `torch.float32` or, for half the space, `torch.float16`.
         num_threads: that open images while the models work.
         shard_size, flush_seconds: after so many images, and so much time, what is made is written: that much is lost
@@ -141,24 +143,26 @@ class PrecomputeWorker:
             on_progress: called with the number of images that were dealt with since the last call.
         """
         report = PrecomputeReport()
-        with self.store.writer(**self._writing) as writer:
-            new = self._new_images(images, report, on_progress)
+        storing: Future[None] | None = None
+        # Encoding masks takes some 10 ms an image: in a thread, while the models have the next batch
+        with (
+            closing(self._new_images(images, report, on_progress)) as new,
+            self.store.writer(**self._writing) as writer,
+            ThreadPoolExecutor(1) as pool,
+        ):
             while batch := list(islice(new, self.batch_size)):
-                for image, found in zip(batch, self._find(batch), strict=True):
-                    if isinstance(found, ValueError):
-                        _skip(report, image.name, f"no objects can be made: {found}")
-                    else:
-                        writer.add(image.key, found, image.file_stamp)
-                        self._added.add(image.key)
-                        self._file_stamps.add(image.file_stamp)
-                        report.stored += 1
-                        report.objects += len(found)
+                found = self._find(batch)
+                if storing is not None:
+                    storing.result()
+                storing = pool.submit(self._store, batch, found, writer, report)
                 on_progress(len(batch))
+            if storing is not None:
+                storing.result()
         return report
 
     def _new_images(
         self, images: Iterable[NamedImage], report: PrecomputeReport, on_progress: Callable[[int], Any]
-    ) -> Iterator[_OpenedImage]:
+    ) -> Generator[_OpenedImage, None, None]:
         """Those whose objects are to be made; the others are counted in the report."""
         seen: set[str] = set()
         for image in self._opened(images):
@@ -227,6 +231,23 @@ class PrecomputeWorker:
             return self._find_all([picture])[0]
         except ValueError as error:
             return error
+
+    def _store(
+        self,
+        batch: Sequence[_OpenedImage],
+        found: Sequence[ImageObjects | ValueError],
+        writer: ObjectWriter,
+        report: PrecomputeReport,
+    ) -> None:
+        for image, objects in zip(batch, found, strict=True):
+            if isinstance(objects, ValueError):
+                _skip(report, image.name, f"no objects can be made: {objects}")
+                continue
+            writer.add(image.key, objects, image.file_stamp)
+            self._added.add(image.key)
+            self._file_stamps.add(image.file_stamp)
+            report.stored += 1
+            report.objects += len(objects)
 
 
 def precompute_objects(

@@ -250,6 +250,7 @@ def test_mask_llava_composition_is_a_start_for_training(tmp_path, photo):
     assert report.tokens_per_image == "1 CLS + 36 patches + up to 20 objects = at most 57 tokens"
     assert report.self_check.startswith("loads; 39 placeholders")  # with two boxes
     assert any("56 x 56" in note for note in report.notes)
+    assert any("no detector" in note for note in report.notes)
     processor = AutoProcessor.from_pretrained(tmp_path / "target")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "target")
     processor.object_settings["mask_source"] = "boxes"

@@ -519,7 +519,7 @@ def test_heavy_parts_raise_in_a_data_loader_worker(processor):
     for options in ({"max_object_tokens": 0}, {"objects": objects}):
         loader = torch.utils.data.DataLoader(_Images(processor, options), num_workers=1)
         assert len(list(loader)) == 1
-    with pytest.raises(RuntimeError, match="precompute"):
+    with pytest.raises(RuntimeError, match="mask-llava precompute"):
         list(torch.utils.data.DataLoader(_Images(processor, {}), num_workers=1))
 
 

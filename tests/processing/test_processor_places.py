@@ -300,7 +300,7 @@ def test_workers_take_stored_objects_and_refuse_to_invert(tiny_checkpoint, proce
         return list(torch.utils.data.DataLoader(data, num_workers=1, multiprocessing_context=context))
 
     assert load(objects=objects)[0].tolist() == [[2]]
-    with pytest.raises(RuntimeError, match="precompute"):
+    with pytest.raises(RuntimeError, match="mask-llava precompute"):
         load(masks=np.ones((1, photo.height, photo.width), bool))
 
 

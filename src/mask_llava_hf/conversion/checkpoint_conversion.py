@@ -36,6 +36,11 @@ _LAYOUTS = {
     "transformers": "Mask-LLaVA, our own layout",
 }
 
+_NO_PARTS_NOTE = (
+    "objects: no detector and no segmenter are set, so images have none until the processor's `object_settings` name them "
+    "or a call passes boxes or masks"
+)
+
 # Options without an effect on a layout.
 _USELESS = {
     "llava": (),
@@ -108,7 +113,7 @@ def convert_checkpoint(
         dtype,
         tokens_per_image=describe_tokens(TokenLayout.from_config(model.config)),
         dropped=model.dropped,
-        notes=model.notes,
+        notes=[*model.notes, *([_NO_PARTS_NOTE] if model.config.max_object_tokens else [])],
     )
     with new_folder(target, overwrite) as folder:
         write_weights(folder, model.tensors, dtype, max_shard_bytes)
