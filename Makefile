@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test lint
 
 help:
-	@echo "make demo   run the whole chain on an example photograph; pictures go to demo_output/"
+	@echo "make demo   ask the small trained checkpoint about a picture; drawings go to demo_output/"
 	@echo "make test   run the tests"
 	@echo "make lint   check style, types and the direction of imports"
 	@echo

@@ -2,8 +2,8 @@
 """The main job end to end: find a picture's objects, turn them into tokens, answer with fewer and fewer of them.
 
 Without arguments it asks the small trained checkpoint inside the package about a picture of its world, coloured shapes,
-that it was not trained on. This picture it gets right; `--scene 3` and others show where it errs, and its card how often.
-It needs no network and takes seconds on a CPU.
+that it was not trained on. This picture it gets right; `--scene 3` and others show where it errs, and its card how
+often. It needs no network and takes seconds on a CPU.
 
     python examples/demo.py --checkpoint FOLDER_OR_HUB_ID --image photo.jpg --question "What is on the table?"
 """
