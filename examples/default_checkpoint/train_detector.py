@@ -1,7 +1,7 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Trains a small RT-DETR that finds the shapes of the small world, whatever their kind.
 
-About nine minutes on one core. Killed and started again, it goes on. Run inside `examples/`:
+About ten minutes on one core. Killed and started again, it goes on. Run inside `examples/`:
 
     python -m default_checkpoint.train_detector OUTPUT_FOLDER
 """

@@ -69,7 +69,7 @@ def _train(stage: Any, options: dict[str, Any], start: Path, output_dir: Path, d
             "warmup_steps": 0.05,
             "max_grad_norm": 1.0,
             "adam_beta2": 0.98,
-            "logging_steps": 50,
+            "logging_steps": min(50, max(1, len(dataset) // options["per_device_train_batch_size"])),
             "save_steps": 500,
             "report_to": "none",
             "disable_tqdm": not sys.stderr.isatty() and "TQDM_POSITION" not in os.environ,

@@ -1,7 +1,7 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Trains a small SAM that turns boxes into masks of the shapes of the small world.
 
-About nine minutes on one core. Killed and started again, it goes on. Run inside `examples/`:
+About ten minutes on one core. Killed and started again, it goes on. Run inside `examples/`:
 
     python -m default_checkpoint.train_segmenter OUTPUT_FOLDER --detector-dir DETECTOR_FOLDER
 """

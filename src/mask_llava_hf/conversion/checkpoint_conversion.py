@@ -37,8 +37,8 @@ _LAYOUTS = {
 }
 
 _NO_PARTS_NOTE = (
-    "objects: no detector and no segmenter are set, so images have none until the processor's `object_settings` name them "
-    "or a call passes boxes or masks"
+    "objects: no detector and no segmenter are set, so images have none until the processor's `object_settings` name "
+    "them or a call passes boxes or masks"
 )
 
 # Options without an effect on a layout.
