@@ -22,9 +22,11 @@ import torch
 from default_checkpoint.answer_scores import ask_about, prior_scores, score_answers
 from default_checkpoint.assemble import assemble
 from default_checkpoint.card import write_card
+from default_checkpoint.part_scores import score_segmenter
 from default_checkpoint.probe_vision_tower import probe_vision_tower
 from default_checkpoint.publish import publish
 from default_checkpoint.resumable_training import write_scores
+from default_checkpoint.scene_pool import scene_pool
 from default_checkpoint.train_mask_llava import learn_answers, learn_captions
 from default_checkpoint.world_conversations import save_pictures
 from shapes_world import make_scene
@@ -171,7 +173,9 @@ class Work:
         asked = ask_about(self.pictures("test"), self.store())
         prior = {f"prior: {kind}": score for kind, score in prior_scores(asked).items()}
         scores = {**score_answers(model, processor, asked), **prior}
-        write_card(self.folder, scores, self.output_dir)
+        pool = scene_pool("test", 16 if self.quick else 500, self.folder / "scenes")
+        masks = score_segmenter(self.folder / "segmenter", pool, self.folder / "detector")
+        write_card(self.folder, {**scores, **masks}, self.output_dir)
         return scores
 
 

@@ -40,7 +40,7 @@ that the minutes are upper bounds.
 ## Scores, on scenes of other seeds
 
 Detector: recall {detector[recall]:.3f} of boxes at IoU 0.5 with at most 20 boxes. Segmenter:
-mean IoU {segmenter[mask_iou]:.3f} with the visible pixels, prompted by true boxes, {segmenter[mask_iou_detected]:.3f}
+mean IoU {mask_iou:.3f} with the visible pixels, prompted by true boxes, {mask_iou_detected:.3f}
 by detected ones.
 
 What linear probes read about a shape, by where they read it:
@@ -77,12 +77,13 @@ _PARTS = {
 }
 
 
-def write_card(work_dir: Path, answers: dict[str, float], output_dir: Path) -> None:
+def write_card(work_dir: Path, scores: dict[str, float], output_dir: Path) -> None:
     """Writes `README.md` into the checkpoint's folder.
 
     Args:
         work_dir: with a folder for each stage.
-        answers: part of right answers for each kind of question, and as "prior: KIND" that of who does not look.
+        scores: part of right answers for each kind of question, and as "prior: KIND" that of who does not look; and
+            "mask_iou" and "mask_iou_detected" of the segmenter.
     """
     stages = {
         name: json.loads((work_dir / folder / "scores.json").read_text())
@@ -99,6 +100,8 @@ def write_card(work_dir: Path, answers: dict[str, float], output_dir: Path) -> N
     probes = json.loads((work_dir / "vision_tower" / "probes.json").read_text())
     text = _CARD.format(
         **stages,
+        mask_iou=scores["mask_iou"],
+        mask_iou_detected=scores["mask_iou_detected"],
         million=(stages["tower"]["parameters"] + stages["language"]["parameters"]) / 1e6,
         parts=_table(
             ["part", "what it is", "trained on", "weights", "minutes"],
@@ -120,11 +123,7 @@ def write_card(work_dir: Path, answers: dict[str, float], output_dir: Path) -> N
         ),
         answers=_table(
             ["question", "right", "without looking"],
-            [
-                [kind, score, answers[f"prior: {kind}"]]
-                for kind, score in answers.items()
-                if f"prior: {kind}" in answers
-            ],
+            [[kind, score, scores[f"prior: {kind}"]] for kind, score in scores.items() if f"prior: {kind}" in scores],
         ),
     )
     (output_dir / "README.md").write_text(text)

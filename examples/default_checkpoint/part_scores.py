@@ -55,7 +55,7 @@ def score_segmenter(
         for objects, boxes, own in zip(found, _boxes(scenes), masks, strict=True):
             shape, _ = match_boxes(objects.boxes_xyxy, boxes)
             prompts.append(objects.boxes_xyxy[shape >= 0])
-            wanted.append(own[shape[shape >= 0]])
+            wanted.append(own[shape[shape >= 0].numpy()])
         scores["mask_iou_detected"] = _mean_iou(segmenter.segment(images, prompts), wanted)
     return scores
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from default_checkpoint import resumable_training
+from default_checkpoint import part_scores, resumable_training
 from default_checkpoint.part_scores import match_boxes
 from default_checkpoint.scene_pool import scene_pool
 from default_checkpoint.train_detector import train_detector
@@ -16,6 +16,7 @@ from shapes_world import make_scene
 from transformers import AutoModelForObjectDetection, SamModel
 
 from mask_llava_hf.processing.objects.detectors import ObjectDetector
+from mask_llava_hf.processing.objects.image_objects import ImageObjects
 from mask_llava_hf.processing.objects.segmenters import load_segmenter
 
 
@@ -184,3 +185,32 @@ def test_boxes_are_matched_one_to_one():
 def test_no_boxes_match_nothing():
     index, iou = match_boxes(torch.zeros(0, 4), torch.tensor([[0.0, 0, 10, 10]]))
     assert len(index) == len(iou) == 0
+
+
+def test_scores_of_given_boxes_and_masks(pool, monkeypatch):
+    """The detector finds the first shape of each scene, and where none is; the segmenter misses half of that shape."""
+    elsewhere = torch.tensor([[0.0, 0, 2, 2]])
+
+    class Detector:
+        from_pretrained = classmethod(lambda cls, folder: cls())
+
+        def detect(self, images, max_candidates):
+            boxes = [torch.cat([torch.from_numpy(pool.boxes(index)[:1]), elsewhere]) for index in range(len(images))]
+            return [ImageObjects(each, torch.tensor([0.9, 0.1]), (96, 96)) for each in boxes]
+
+    class Segmenter:
+        def segment(self, images, boxes):
+            masks = [torch.from_numpy(pool.masks(index))[: len(each)] for index, each in enumerate(boxes)]
+            for each in masks:
+                left = each[0].flatten().cumsum(0) <= each[0].sum() // 2
+                each[0] &= left.view_as(each[0])
+            return masks
+
+    monkeypatch.setattr(part_scores, "ObjectDetector", Detector)
+    monkeypatch.setattr(part_scores, "load_segmenter", lambda folder: Segmenter())
+    shapes = pool.counts.sum()
+    expected = {"recall": 12 / shapes, "box_iou": 1, "candidates": 2, "precision": 1}
+    assert part_scores.score_detector("folder", pool) == pytest.approx(expected)
+    scores = part_scores.score_segmenter("folder", pool, "detector")
+    assert scores["mask_iou"] == pytest.approx(1 - 6 / shapes, abs=0.01)
+    assert scores["mask_iou_detected"] == pytest.approx(0.5, abs=0.01)
