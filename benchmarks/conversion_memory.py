@@ -6,7 +6,7 @@ or as `.bin` shards of 10 and 3 GB, the sizes of the published one. Each convers
 `RssAnon` is read every 20 ms. Pages of mapped files are not counted: the system takes them back when it needs memory.
 Up to 28 GB on the disk of `--work-dir` are written and removed again.
 
-    python benchmarks/conversion_memory.py --work-dir /tmp/conversion
+    python benchmarks/conversion_memory.py --work-dir WORK
 """
 
 import argparse

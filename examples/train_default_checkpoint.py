@@ -5,7 +5,7 @@ Each stage leaves `scores.json` in its folder and is then skipped; one that was 
 four do not need each other and run two at a time.
 
     python examples/train_default_checkpoint.py --work-dir default_work
-    python examples/train_default_checkpoint.py --work-dir /tmp/quick --quick    # every stage, in minutes
+    python examples/train_default_checkpoint.py --work-dir quick_work --quick    # every stage, in minutes
 """
 
 import argparse

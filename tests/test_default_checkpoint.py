@@ -114,7 +114,7 @@ def test_it_names_the_object_in_a_box_of_the_user(parts):
     assert right >= 5  # one of 108 names by chance
 
 
-def test_the_pipeline_answers(parts):
+def test_the_pipeline_answers():
     answer = pipeline("image-text-to-text", model=DEFAULT_CHECKPOINT)(
         text=[
             {

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM, LlavaImageProcessor
 
 from mask_llava_hf import MaskLlavaConfig, MaskLlavaForConditionalGeneration, MaskLlavaProcessor
-from mask_llava_hf.testing import CHAT_TEMPLATE
+from mask_llava_hf.processing.chat_templates import vicuna_v1
 
 
 def assemble(
@@ -64,6 +64,6 @@ def assemble(
         image_processor=LlavaImageProcessor.from_pretrained(vision_tower),
         tokenizer=tokenizer,
         object_settings=settings,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=vicuna_v1(system_prompt=None),
     ).save_pretrained(output_dir)
     return output_dir

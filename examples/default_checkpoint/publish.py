@@ -1,5 +1,5 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
-"""Makes a trained checkpoint half as large, without changing what it computes when it is loaded."""
+"""Rounds a trained checkpoint to float16, in which it takes half the space; it is still run in float32."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ def publish(source: Path, target: Path) -> None:
     Transformers computes in the dtype that a config names, whatever the weights are stored in.
 
     Args:
-        target: is replaced as a whole, by renaming, when everything is written.
+        target: appears by renaming when everything is written; one that is there is deleted just before.
     """
     unfinished = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -14,6 +14,7 @@ import torch
 from shapes_world import SIDE
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import box_iou
 from transformers import SamConfig, SamImageProcessor, SamModel
 
 from .part_scores import score_segmenter
@@ -97,9 +98,10 @@ def train_segmenter(
         scenes = pool.sample(rng, batch_size)
         pixel_values = image_processor(images=list(scenes.images), return_tensors="pt")["pixel_values"]
         boxes, masks = _prompts(scenes, rng)
-        outputs = model(pixel_values=pixel_values, input_boxes=boxes, multimask_output=False)
-        logits = F.interpolate(outputs.pred_masks[:, :, 0], size=(SIDE, SIDE), mode="bilinear")
-        return mask_loss(logits, masks, outputs.iou_scores[..., 0])
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(pixel_values=pixel_values, input_boxes=boxes, multimask_output=False)
+        logits = F.interpolate(outputs.pred_masks[:, :, 0].float(), size=(SIDE, SIDE), mode="bilinear")
+        return mask_loss(logits, masks, outputs.iou_scores[..., 0].float())
 
     scores = train(
         model, loss_at, state_path, steps=steps, seed=seed, learning_rate=2e-3, save_every=min(200, steps // 4)
@@ -116,12 +118,18 @@ def train_segmenter(
 def _prompts(scenes: ScenePool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Boxes (B, n, 4) of random shapes, about as inexact as a detector's, and the shapes' masks (B, n, SIDE, SIDE)."""
     turns = np.arange(BOXES_PER_SCENE)
-    chosen = np.stack([rng.permutation(count)[turns % count] for count in scenes.counts])
+    chosen = np.stack([_order(scenes.boxes(index), rng)[turns % count] for index, count in enumerate(scenes.counts)])
     boxes = np.take_along_axis(scenes.boxes_xyxy, chosen[..., None], axis=1)
     extent = np.tile(boxes[..., 2:] - boxes[..., :2], 2)
     boxes = boxes + (0.05 * rng.normal(size=boxes.shape) * extent).astype(np.float32)
     masks = scenes.owners[:, None] == 1 + chosen[..., None, None]
     return torch.from_numpy(boxes), torch.from_numpy(masks).float()
+
+
+def _order(boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order (k,) of boxes (k, 4); those that touch others, the difficult ones, tend to come first."""
+    touching = (box_iou(*[torch.from_numpy(boxes)] * 2) > 0).sum(1).numpy() > 1
+    return np.argsort(rng.random(len(boxes)) - 0.5 * touching)
 
 
 def mask_loss(logits: Tensor, masks: Tensor, iou_scores: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 """A small world: pictures of coloured shapes with exact masks, boxes and captions, and questions with one answer."""
 
 from .dataset import chat, load_shapes_world, questions_of
-from .language import CAPTION_PROMPT, MARKED_PROMPT, QUESTION_KINDS, Question, ask, ask_many, describe, describe_part
+from .language import CAPTION_PROMPT, MARKED_PROMPT, QUESTION_KINDS, Question, ask, ask_many, describe
 from .scenes import COLORS, KINDS, SIDE, SIZES, SPLITS, Scene, Shape, make_scene
 
 
@@ -22,7 +22,6 @@ __all__ = [
     "ask_many",
     "chat",
     "describe",
-    "describe_part",
     "load_shapes_world",
     "make_scene",
     "questions_of",

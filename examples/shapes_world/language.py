@@ -35,13 +35,6 @@ def describe(scene: Scene) -> str:
     return ", ".join(_with_place(shape) for shape in sorted(scene.shapes, key=lambda shape: shape.center_xy[0]))
 
 
-def describe_part(scene: Scene, rng: np.random.Generator, most: int = 3) -> str:
-    """Up to `most` of the shapes, in random order."""
-    count = int(rng.integers(1, min(most, len(scene.shapes)) + 1))
-    chosen = rng.permutation(len(scene.shapes))[:count]
-    return ", ".join(_with_place(scene.shapes[index]) for index in chosen)
-
-
 def _with_place(shape: Shape) -> str:
     return f"a {shape.name} {'in' if shape.place == 'middle' else 'at'} the {shape.place}"
 

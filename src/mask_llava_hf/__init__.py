@@ -6,16 +6,19 @@ and their kin then load Mask-LLaVA checkpoints like any other.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .modeling.configuration_mask_llava import MaskLlavaConfig
 from .modeling.modeling_mask_llava import QUANTIZATION_SKIP_MODULES, MaskLlavaForConditionalGeneration, MaskLlavaModel
 from .processing.collator import MaskLlavaCollator
 from .processing.conversations import load_conversations
-from .processing.object_store import ObjectStore
 from .processing.objects.image_objects import ImageObjects
 from .processing.processing_mask_llava import MaskLlavaProcessor
 from .registration import register
 
+
+if TYPE_CHECKING:
+    from .processing.object_store import ObjectStore
 
 __version__ = "0.1.0.dev0"
 
@@ -35,5 +38,14 @@ __all__ = [
     "ObjectStore",
     "load_conversations",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ObjectStore":  # reads Parquet; whoever only runs models need not wait for pyarrow
+        from .processing.object_store import ObjectStore
+
+        return ObjectStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

@@ -308,8 +308,8 @@ def precompute_objects(
     if report.skipped and not report.stored and not report.known:
         name, reason = report.skipped[0]
         raise ValueError(
-            f"Not one of {len(report.skipped)} images could be read; the first is {name}: {reason} Do the paths start "
-            "from the right folder?"
+            f"Not one of {len(report.skipped)} images could be read; the first is {name} ({reason}). Do the paths "
+            "start from the right folder?"
         )
     return report
 
