@@ -27,11 +27,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the small world and its trainings are no package
 
-from accuracy_report import draw, merge, summary, write_rows
+from accuracy_report import draw, merge, summary
 from accuracy_runs import ABLATIONS, VARIANTS, Schedule, run, with_mean
 from default_checkpoint.answer_scores import ask_about, prior_scores
 
 from mask_llava_hf import ObjectStore
+from mask_llava_hf.evaluation.measuring import write_rows
 from mask_llava_hf.processing.object_store import write_whole
 
 

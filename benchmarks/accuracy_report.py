@@ -2,7 +2,6 @@
 """What `accuracy_by_tokens.py` publishes: its CSV, a table in Markdown, and a plot."""
 
 import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,16 +21,6 @@ Row = dict[str, Any]
 # Okabe and Ito's palette: eyes of all kinds tell these apart.
 _COLORS = {"patches": "#D55E00", "CLS + patches": "#0072B2", "all three": "#009E73"}
 _KIND_COLORS = ("#E69F00", "#56B4E9", "#CC79A7", "#0072B2", "#D55E00", "#999999", "#B8A800", "#6A3D9A")
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """A CSV, whole or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def merge(parts: Iterable[Path], prior: dict[str, float]) -> list[Row]:

@@ -3,28 +3,24 @@ r"""What converting a LLaVA-1.5-7B costs: memory of its own (anonymous), CPU tim
 
 A checkpoint of true 7B shapes, all weights zero, is written in the research layout: as one safetensors file of 13 GB,
 or as `.bin` shards of 10 and 3 GB, the sizes of the published one. Each conversion is a process of its own, whose
-`RssAnon` is read every 20 ms. Pages of mapped files are not counted: the system takes them back when it needs memory.
+`RssAnon` is read every 10 ms. Pages of mapped files are not counted: the system takes them back when it needs memory.
 Up to 28 GB on the disk of `--work-dir` are written and removed again.
 
     python benchmarks/conversion_memory.py --work-dir WORK
 """
 
 import argparse
-import csv
 import json
-import multiprocessing
-import os
 import resource
 import shutil
-import threading
 import time
-from datetime import date
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mask_llava_hf.evaluation.measuring import PeakMemory, anonymous_bytes, circumstances, in_process, write_rows
 
 
 RESULTS = Path(__file__).parent / "results" / "conversion_memory.csv"
@@ -80,36 +76,18 @@ def main() -> None:
             source = options.work_dir / form.replace(" ", "-")
             if not source.exists():
                 # In a process of its own too: what is written there is not to lie in the memory of those that follow
-                _in_process(_write_source, source, form)
+                in_process(_write_source, source, form)
             target = options.work_dir / "target"
-            measured = _in_process(_convert, source, target, self_check, arguments)
+            measured = in_process(_convert, source, target, self_check, arguments)
             shutil.rmtree(target)
             composition = arguments.get("composition", "llava")
             dtype = str(arguments.get("dtype", torch.bfloat16)).removeprefix("torch.")
             row = {"source": form, "composition": composition, "dtype": dtype, "self_check": self_check, **measured}
-            rows.append({**row, **_circumstances()})
+            rows.append({**row, **circumstances()})
             print(json.dumps(row), flush=True)
     finally:
         shutil.rmtree(options.work_dir, ignore_errors=True)
-    options.output.parent.mkdir(exist_ok=True)
-    with open(options.output, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _circumstances() -> dict[str, Any]:
-    return {
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
-        "date": date.today().isoformat(),
-    }
-
-
-def _in_process(function: Any, *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    write_rows(options.output, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- source
@@ -183,36 +161,22 @@ def _write_tokenizer(folder: Path) -> None:
 def _convert(source: Path, target: Path, self_check: bool, arguments: dict[str, Any]) -> dict[str, float]:
     from mask_llava_hf.conversion import convert_checkpoint
 
-    before, peak, done = _anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, _anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    before = anonymous_bytes()
     started, cpu = time.perf_counter(), time.process_time()
-    report = convert_checkpoint(source, target, self_check=self_check, **arguments)
+    with PeakMemory() as memory:
+        report = convert_checkpoint(source, target, self_check=self_check, **arguments)
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
-    done.set()
-    watcher.join()
     shards = [path.stat().st_size for path in target.glob("*.safetensors")]
     return {
         "parameters": report.num_parameters,
         "written_gb": round(sum(shards) / GB, 2),
         "largest_shard_gb": round(max(shards) / GB, 2),
         "anonymous_before_gb": round(before / GB, 2),
-        "anonymous_peak_gb": round(peak / GB, 2),
+        "anonymous_peak_gb": round(memory.peak_bytes / GB, 2),
         "resident_peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2),
         "cpu_s": round(cpu, 1),
         "wall_s": round(wall, 1),
     }
-
-
-def _anonymous_bytes() -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from mask_llava_hf import ObjectStore
 
 EXAMPLES = Path(__file__).parent
 
-# Below it most boxes are second ones around a shape; the scores of `train_detector` say how many.
-SCORE_THRESHOLD = 0.3
+# Below it boxes are more and more second ones around a shape; the scores of `train_detector` say how many.
+SCORE_THRESHOLD = 0.4
 
 EXAMPLE_SCENE = 189  # of the test split, one with five shapes that the checkpoint answers rightly about
 

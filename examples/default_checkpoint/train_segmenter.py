@@ -1,7 +1,7 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Trains a small SAM that turns boxes into masks of the shapes of the small world.
 
-About ten minutes on one core. Killed and started again, it goes on. Run inside `examples/`:
+About half an hour on one core. Killed and started again, it goes on. Run inside `examples/`:
 
     python -m default_checkpoint.train_segmenter OUTPUT_FOLDER --detector-dir DETECTOR_FOLDER
 """
@@ -22,7 +22,7 @@ from .resumable_training import run, train, training_parser, write_scores
 from .scene_pool import ScenePool, scene_pool
 
 
-STEPS = 1600
+STEPS = 3600
 BOXES_PER_SCENE = 4
 
 

@@ -7,6 +7,7 @@ A command is a pair of functions: one adds its parser with `run=` the other, whi
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoProcessor
 from .processing.processing_mask_llava import MaskLlavaProcessor
 
 
+_SHAPES = "llava-1.5-7b"  # for `bench`
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_precompute(commands)
     _add_convert(commands)
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -166,6 +169,42 @@ def _convert(options: argparse.Namespace) -> None:
         **common,
     )
     print(report)
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="measure what an answer costs on this machine, stage by stage, beside LLaVA with all its patches",
+        description="Measures detector, segmenter, tower, inversion and language model, each in a process of its own, "
+        "and adds them up to chains of 57, 42, 29 and 15 tokens per image. Operations are those of matrix products, "
+        "convolutions, attention and bilinear sampling. Keep the machine quiet meanwhile.",
+    )
+    parser.add_argument(
+        "models",
+        metavar="CHECKPOINT",
+        help=f"folder or Hub id of a Mask-LLaVA with its detector and segmenter; or {_SHAPES!r}: published shapes with "
+        "random weights, 14 GB of memory in bfloat16",
+    )
+    parser.add_argument("output_dir", metavar="FOLDER", type=Path, help="gets the tables as CSV, and a picture")
+    parser.add_argument("--flops-only", action="store_true", help="count operations, and time nothing")
+    parser.add_argument("--dtype", choices=_DTYPES, help=f"default: float32; bfloat16 for {_SHAPES}")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="calls of a stage, of which the median counts; default: 3"
+    )
+    parser.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .evaluation.chain_report import bench
+    from .evaluation.measured_models import Models, PublishedShapes, SavedCheckpoint
+
+    dtype = _DTYPES.get(options.dtype)
+    models: Models = SavedCheckpoint(options.models, dtype or torch.float32)
+    if options.models == _SHAPES:
+        models = PublishedShapes(dtype or torch.bfloat16)
+    print(bench(models, options.output_dir, options.threads, options.flops_only, options.repeats))
 
 
 if __name__ == "__main__":

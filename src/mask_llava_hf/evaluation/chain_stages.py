@@ -1,0 +1,307 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
+"""The stages of answering one question about one image, each as a call that can be timed and counted."""
+
+import io
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import DynamicCache
+
+from ..modeling.object_embedding import LAST_BLOCK_INPUT, embed_masks
+from ..modeling.token_composition import compose_tokens
+from ..modeling.token_layout import TokenLayout
+from .flop_counts import count_flops
+from .measured_models import Models
+from .measuring import anonymous_bytes, measure
+
+
+READ = "decode and preprocess"
+DETECTOR = "detector"
+ENCODER = "segmenter encoder"
+DECODER = "mask decoder"
+TOWER = "tower"
+INVERSION = "inversion"
+COMPOSITION = "composition and projector"
+PREFILL = "prefill"
+DECODE = "decode"
+STAGES = (READ, DETECTOR, ENCODER, DECODER, TOWER, INVERSION, COMPOSITION, PREFILL, DECODE)
+
+PICTURE_HW = (480, 640)  # COCO's usual size
+BOXES_AT_ONCE = 16  # as segmenters take them by default
+
+# Ways to embed a mask: changes of the checkpoint's own configuration.
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "MaskInversion, 10 iterations": {"object_embedding": "mask_inversion", "iterations": 10},
+    "MaskInversion, 5 iterations": {"object_embedding": "mask_inversion", "iterations": 5},
+    "mask pooling": {"object_embedding": "mask_pooling"},
+}
+
+
+NOT_ON_META = ("Deformable DETR R50",)  # it makes tensors on the CPU along its way
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work on one image.
+
+    Attributes:
+        name: one of `STAGES`.
+        part: which detector, segmenter, or way to embed; for `READ` which image processor: a detector, a segmenter,
+            "tower", or "file" for the JPEG itself; for `COMPOSITION` "llava" or "mask-llava".
+        count: boxes, masks, or tokens per image.
+    """
+
+    name: str
+    part: str = ""
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Questions:
+    """How much text goes with an image: tokens of the prompt, and of the answer that is decoded."""
+
+    prompt_tokens: int = 50  # LLaVA-1.5's system prompt and a short question
+    answer_tokens: int = 64
+
+
+def measure_stages(
+    models: Models, stages: Iterable[Stage], questions: Questions, threads: int | None, flops_only: bool, repeats: int
+) -> list[dict[str, Any]]:
+    """Counts and times stages that share a model, which is loaded once. To be called in a process of its own.
+
+    Returns:
+        a row per stage: "gflop", and unless `flops_only` "wall_s", "cpu_s" (medians) and "peak_gb", the most memory of
+        its own that the process held, the model's weights included.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    stages = list(stages)
+    rows = [{"stage": stage.name, "part": stage.part, "count": stage.count} for stage in stages]
+    before = anonymous_bytes()
+    bench, meta = _Bench(models, "cpu", questions), _Bench(models, "meta", questions)  # nothing is loaded yet
+    for row, stage in zip(rows, stages, strict=True):
+        on_meta = models.on_meta and stage.name not in (INVERSION, COMPOSITION) and stage.part not in NOT_ON_META
+        row["gflop"] = round((meta if on_meta else bench).gflop(stage), 3)
+    if flops_only:
+        return rows
+    for row, stage in zip(rows, stages, strict=True):
+        run = bench.build(stage)
+        with torch.inference_mode():
+            held = anonymous_bytes() - before
+            measured = measure(run, repeats, warm_up=stage.name not in (PREFILL, DECODE) or repeats > 1)
+        row["wall_s"], row["cpu_s"] = round(measured.wall_s, 5), round(measured.cpu_s, 5)
+        row["peak_gb"] = round((held + measured.peak_bytes) / 1e9, 3)
+    return rows
+
+
+def group_of(stage: Stage) -> tuple[str, str]:
+    """Stages of one group share a model."""
+    if stage.name in (DETECTOR, ENCODER, DECODER):
+        return ("segmenter" if stage.name != DETECTOR else DETECTOR, stage.part)
+    if stage.name == READ and stage.part not in ("file", "tower"):
+        return (READ, stage.part)
+    if stage.name in (PREFILL, DECODE):
+        return ("language model", "")
+    return ("vision", "")
+
+
+class _Bench:
+    """Builds stages around models that are loaded once."""
+
+    def __init__(self, models: Models, device: str, questions: Questions) -> None:
+        self.models, self.device, self.questions = models, device, questions
+        self.config = models.config()
+        self.layout = TokenLayout.from_config(self.config)
+        self._loaded: dict[str, Any] = {}
+        self._builders: dict[str, Callable[[Stage], Callable[[], object]]] = {
+            READ: self._read,
+            DETECTOR: self._detect,
+            ENCODER: self._encode,
+            DECODER: self._decode_masks,
+            TOWER: self._tower,
+            INVERSION: self._invert,
+            COMPOSITION: self._compose,
+            PREFILL: self._prefill,
+            DECODE: self._decode,
+        }
+
+    def build(self, stage: Stage) -> Callable[[], object]:
+        """A call that does the stage's work once."""
+        return self._builders[stage.name](stage)
+
+    def gflop(self, stage: Stage) -> float:
+        if stage.name == READ:
+            return 0.0
+        if stage.name == INVERSION and "iterations" in EMBEDDINGS[stage.part]:
+            return self._inversion_gflop(stage)
+        if stage.name == DECODE:
+            return self._decode_gflop(stage)
+        return count_flops(self.build(stage)) / 1e9
+
+    def _decode_gflop(self, stage: Stage) -> float:
+        """From the first and the last token: each costs as much more than the one before."""
+        num_tokens = self.questions.answer_tokens
+        first = count_flops(self._decode(stage, num_tokens=1))
+        last = count_flops(self._decode(replace(stage, count=stage.count + num_tokens - 1), num_tokens=1))
+        return num_tokens * (first + last) / 2 / 1e9
+
+    def _inversion_gflop(self, stage: Stage) -> float:
+        """From counts of few masks and iterations: both enter linearly; the first map is the same for all masks."""
+
+        def count(masks: int, iterations: int) -> int:
+            return count_flops(self._invert(replace(stage, count=masks), iterations))
+
+        once, iterations = count(1, 1), EMBEDDINGS[stage.part]["iterations"]
+        per_mask, per_iteration = count(2, 1) - once, count(1, 2) - once
+        return (once + (stage.count - 1) * per_mask + (iterations - 1) * stage.count * per_iteration) / 1e9
+
+    def _load(self, key: str, load: Callable[[], Any]) -> Any:
+        if key not in self._loaded:
+            self._loaded[key] = load()
+        return self._loaded[key]
+
+    def _tensor(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(self.device, self.models.dtype)
+
+    # ------------------------------------------------------------------------------------------------- the front end
+    def _read(self, stage: Stage) -> Callable[[], object]:
+        file = io.BytesIO()
+        picture().save(file, format="JPEG", quality=90)
+        if stage.part == "file":
+            return lambda: Image.open(io.BytesIO(file.getvalue())).convert("RGB")
+        if stage.part == "tower":
+            image_processor = self._vision().image_processor
+        elif stage.part in self.models.detectors:
+            image_processor = self.models.detector(stage.part, "meta" if self.models.on_meta else "cpu")[1]
+        else:
+            image_processor = self.models.segmenter(stage.part, "meta" if self.models.on_meta else "cpu")[1]
+        return lambda: image_processor(images=picture(), return_tensors="pt")
+
+    def _detect(self, stage: Stage) -> Callable[[], object]:
+        model, image_processor = self._load(stage.part, lambda: self.models.detector(stage.part, self.device))
+        inputs = image_processor(images=picture(), return_tensors="pt")
+        arguments = {name: value.to(self.device) for name, value in inputs.items()}
+        arguments["pixel_values"] = arguments["pixel_values"].to(self.models.dtype)
+        return lambda: model(**arguments)
+
+    def _encode(self, stage: Stage) -> Callable[[], object]:
+        model, image_processor = self._segmenter(stage.part)
+        pixels = image_processor(images=picture(), return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.device, self.models.dtype)
+        return lambda: model.get_image_embeddings(pixels)
+
+    def _decode_masks(self, stage: Stage) -> Callable[[], object]:
+        """From the encoded image to masks of the original size."""
+        model, image_processor = self._segmenter(stage.part)
+        inputs = image_processor(images=picture(), return_tensors="pt")
+        with torch.inference_mode():
+            embeddings = model.get_image_embeddings(inputs["pixel_values"].to(self.device, self.models.dtype))
+        sizes = {"reshaped_input_sizes": inputs["reshaped_input_sizes"]} if "reshaped_input_sizes" in inputs else {}
+        frame = torch.tensor(inputs["pixel_values"].shape[-2:]).flip(0).repeat(2)
+        boxes = (random_boxes(stage.count) * frame).to(self.device)
+
+        def run() -> None:
+            for chunk in boxes.split(BOXES_AT_ONCE):
+                logits = model(image_embeddings=embeddings, input_boxes=chunk[None], multimask_output=False).pred_masks
+                if self.device != "meta":
+                    image_processor.post_process_masks([logits[0].float()], original_sizes=[PICTURE_HW], **sizes)
+
+        return run
+
+    def _segmenter(self, name: str) -> tuple[Any, Any]:
+        return self._load(name, lambda: self.models.segmenter(name, self.device))
+
+    # --------------------------------------------------------------------------------------------------- the image
+    def _vision(self) -> Any:
+        return self._load("vision", lambda: self.models.vision(self.device))
+
+    def _tower(self, stage: Stage) -> Callable[[], object]:
+        side = self.config.vision_config.image_size
+        tower, pixels = self._vision().tower, self._tensor(1, 3, side, side)
+        layers = [self.config.vision_feature_layer]
+        return lambda: tower(pixels, output_hidden_states=layers, return_dict=True)
+
+    def _invert(self, stage: Stage, iterations: int | None = None) -> Callable[[], object]:
+        changes = dict(EMBEDDINGS[stage.part])
+        settings = {**(self.config.mask_inversion or {}), "iterations": iterations or changes.pop("iterations", 1)}
+        changes.pop("iterations", None)
+        config = type(self.config).from_dict({**self.config.to_dict(), **changes, "mask_inversion": settings})
+        side, layer = self.config.vision_config.image_size, self.config.vision_feature_layer
+        masks = boxes_as_masks(random_boxes(stage.count), side)[None]
+        tower, hidden = self._vision().tower, self._features()
+        states = {LAST_BLOCK_INPUT: hidden, layer: hidden}
+        return lambda: embed_masks(tower, states, masks, config, layer)
+
+    def _compose(self, stage: Stage) -> Callable[[], object]:
+        layout, scaling = self.layout.reduced(max_visual_tokens=stage.count), self.config.norm_scaling
+        if stage.part == "llava":
+            layout, scaling = TokenLayout(False, round(stage.count**0.5), 0), "none"
+        features, projector = self._features(), self._vision().projector
+        objects = self._tensor(1, layout.max_object_tokens, features.shape[-1]).float()
+        fixed = self.config.patch_statistics
+
+        def run() -> object:
+            return projector(compose_tokens(features, objects, layout, scaling, fixed).to(self.models.dtype))
+
+        return run
+
+    def _features(self) -> torch.Tensor:
+        vision = self.config.vision_config
+        return self._tensor(1, 1 + (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
+
+    # --------------------------------------------------------------------------------------------- the language model
+    def _prompt(self, stage: Stage) -> tuple[Any, torch.Tensor]:
+        model = self._load("language model", lambda: self.models.language_model(self.device))
+        length = self.questions.prompt_tokens + stage.count
+        return model, self._tensor(1, length, self.config.text_config.hidden_size)
+
+    def _prefill(self, stage: Stage) -> Callable[[], object]:
+        model, prompt = self._prompt(stage)
+        return lambda: model(inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
+
+    def _decode(self, stage: Stage, num_tokens: int | None = None) -> Callable[[], object]:
+        """Token by token after a prefill that is done before; the cache is cut back for the next call."""
+        model, prompt = self._prompt(stage)
+        cache = DynamicCache(config=self.config.text_config)
+        with torch.inference_mode():
+            model(inputs_embeds=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token, num_tokens = prompt[:, -1:], num_tokens or self.questions.answer_tokens
+
+        def run() -> None:
+            for _ in range(num_tokens):
+                model(inputs_embeds=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.crop(-num_tokens)
+
+        return run
+
+
+def picture() -> Image.Image:
+    """A picture of soft blotches, the same each time."""
+    colors = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize(PICTURE_HW[::-1], Image.Resampling.BICUBIC)
+
+
+def random_boxes(count: int) -> torch.Tensor:
+    """(count, 4) float32 left, top, right, bottom in units of the picture, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    middle = 0.2 + 0.6 * torch.rand(count, 2, generator=generator)
+    half = 0.05 + 0.15 * torch.rand(count, 2, generator=generator)
+    return torch.cat([middle - half, middle + half], dim=1)
+
+
+def boxes_as_masks(boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """(n, side, side) bool from boxes (n, 4) in units of the picture."""
+    pixels = (torch.arange(side) + 0.5) / side
+    inside = [(pixels >= boxes[:, axis, None]) & (pixels < boxes[:, axis + 2, None]) for axis in (0, 1)]
+    return inside[1][:, :, None] & inside[0][:, None, :]
+
+
+def grouped(stages: Iterable[Stage]) -> list[list[Stage]]:
+    """Different stages in groups that share a model, in the order of `STAGES`."""
+    wanted = sorted(dict.fromkeys(stages), key=lambda stage: (group_of(stage), STAGES.index(stage.name), stage.count))
+    return [list(group) for _, group in itertools.groupby(wanted, key=group_of)]

@@ -1,0 +1,155 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
+"""Seconds, memory and matrix rate of this machine, and the CSV files that keep them."""
+
+import csv
+import io
+import multiprocessing
+import platform
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..processing.object_store import write_whole
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a call cost.
+
+    Attributes:
+        wall_s: median over the calls, seconds.
+        cpu_s: of all threads, median over the calls, seconds.
+        peak_bytes: most memory of its own (anonymous, so without mapped files) that the process held above what it
+            held before the first of the calls.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+
+
+def measure(function: Callable[[], object], repeats: int = 1, warm_up: bool = True) -> Measured:
+    """Calls a function and takes its time and memory.
+
+    Args:
+        repeats: calls that count.
+        warm_up: call it once before, uncounted: first calls allocate, and choose kernels.
+    """
+    if warm_up:
+        function()
+    wall, cpu = [], []
+    before = anonymous_bytes()
+    with PeakMemory() as memory:
+        for _ in range(repeats):
+            started, cpu_started = time.perf_counter(), time.process_time()
+            function()
+            wall.append(time.perf_counter() - started)
+            cpu.append(time.process_time() - cpu_started)
+    return Measured(statistics.median(wall), statistics.median(cpu), max(0, memory.peak_bytes - before))
+
+
+def measure_pair(
+    first: Callable[[], object], second: Callable[[], object], repeats: int = 5
+) -> tuple[float, float, float]:
+    """Times two functions in turns, so that a busy moment of the machine meets both.
+
+    Returns:
+        median seconds of each, and the median over the turns of first / second.
+    """
+    first(), second()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats):
+        for which in ((0, 1), (1, 0))[turn % 2]:
+            started = time.perf_counter()
+            (first, second)[which]()
+            seconds[which].append(time.perf_counter() - started)
+    ratio = statistics.median(one / other for one, other in zip(*seconds, strict=True))
+    return statistics.median(seconds[0]), statistics.median(seconds[1]), ratio
+
+
+class PeakMemory:
+    """Watches, inside a `with`, the process's anonymous memory every 10 ms."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak_bytes = anonymous_bytes()
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """Memory of its own that this process holds now; where the system does not tell (not Linux), its resident peak."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matrix_rate(dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
+    """FLOP per second of this machine's products of square matrices, the fastest of those that fit into the time."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    fastest, deadline = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * size**3 / fastest
+
+
+def in_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Calls a function of a module in a process of its own, so that its memory is gone afterwards."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def circumstances() -> dict[str, Any]:
+    """The machine and the versions that figures of speed hold for."""
+    return {
+        "processor": _processor_name(),
+        "threads": torch.get_num_threads(),
+        **{package: version(package) for package in ("mask-llava-hf", "torch", "transformers")},
+        "date": date.today().isoformat(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A CSV with the columns of all rows, whole or not at all."""
+    columns = {name: None for row in rows for name in row}
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
