@@ -11,7 +11,7 @@ import accuracy_runs
 import pytest
 import torch
 from accuracy_by_tokens import Benchmark
-from accuracy_report import draw, merge, summary, write_rows
+from accuracy_report import draw, merge, summary
 from accuracy_runs import ABLATIONS, BUDGETS, MEAN, OBJECT_CAPS, VARIANTS, Schedule
 from default_checkpoint import train_mask_llava
 from default_checkpoint.answer_scores import AskedPicture, ask_about, prior_scores, score_answers
@@ -20,6 +20,7 @@ from shapes_world import QUESTION_KINDS, make_scene
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mask_llava_hf import MaskLlavaConfig, ObjectStore
+from mask_llava_hf.evaluation.measuring import write_rows
 from mask_llava_hf.modeling.token_layout import TokenLayout
 from mask_llava_hf.precompute import precompute_objects
 from mask_llava_hf.testing import build_tiny_checkpoint
