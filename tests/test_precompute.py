@@ -178,7 +178,7 @@ def test_what_no_image_can_cause_is_raised(processor, image_folder, tmp_path, mo
     with pytest.raises(RuntimeError, match="memory") as raised:
         precompute_objects(image_folder, processor, tmp_path / "store", batch_size=2, progress=False)
     assert raised.value.__notes__ == ["This happened at the images 0.png, 2.png."]
-    with pytest.raises(ValueError, match="Not one of 2 images could be read; the first is a: .*no file here"):
+    with pytest.raises(ValueError, match=r"Not one of 2 images could be read; the first is a \(.*no file here"):
         precompute_objects([("a", "nothing/a.png"), ("b", "b.png")], processor, tmp_path / "store", progress=False)
 
 

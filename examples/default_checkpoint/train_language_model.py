@@ -81,8 +81,8 @@ def train_language_model(
         cache_dir: not needed; every training takes it.
 
     Returns:
-        figures of the training, and "accuracy": the part of the answers' tokens, end tokens included, that are predicted
-        rightly, for test scenes that are described in words.
+        figures of the training, and "accuracy": the part of the answers' tokens, end tokens included, that are
+        predicted rightly, for test scenes that are described in words.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -68,8 +68,12 @@ def invert_masks_plainly(
     weight_decay: float = 0.0,
     reduction: str = "sum",
     dtype: torch.dtype = torch.float32,
+    weight_gradients: bool = False,
 ) -> PlainInversion:
-    """One image: hidden_states (T, C), masks (N, H, W) non-empty, visual_projection (E, C) or None: the identity."""
+    """One image: hidden_states (T, C), masks (N, H, W) non-empty, visual_projection (E, C) or None: the identity.
+
+    `weight_gradients` computes those of the block too, which nobody needs: the cost of the published code.
+    """
     model = copy.deepcopy(getattr(vision_tower, "vision_model", vision_tower)).to(dtype)
     masks = masks.to(dtype)
 
@@ -91,7 +95,8 @@ def invert_masks_plainly(
             dice = torch.stack([dice_loss(one, mask) for one, mask in zip(maps, masks, strict=True)])
             losses = dice + alpha * (1 - directions @ F.normalize(start, dim=-1))
             loss = losses.mean() if reduction == "mean" else losses.sum()
-            (embeddings.grad,) = torch.autograd.grad(loss, embeddings, retain_graph=True)
+            optimizer.zero_grad()
+            loss.backward(retain_graph=True, inputs=None if weight_gradients else [embeddings])
             grads.append(embeddings.grad.clone())
             relevances.append(torch.stack(relevance).detach())
             dices.append(dice.detach())

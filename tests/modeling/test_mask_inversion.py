@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,9 @@ from peft import LoraConfig, get_peft_model
 from plain_mask_inversion import dice_loss, invert_masks_plainly, normalised_map
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -72,11 +75,11 @@ def prepare(tower, hidden_states, masks, projection=None, dtype=torch.float32, c
     """One image (T, C) and its targets, as `invert_masks` makes them."""
     device = hidden_states.device
     block = mask_inversion_block.read_last_block(getattr(tower, "vision_model", tower), projection, device, dtype)
-    workspace = mask_inversion_block.Workspace(block, len(hidden_states), chunk_size)
+    workspace = mask_inversion_block.Workspace(block, len(hidden_states), len(masks), chunk_size)
     image = mask_inversion_block.LinearisedImage(block, hidden_states, workspace)
     side = int((len(hidden_states) - 1) ** 0.5)
     frame = mask_inversion._MapFrame(side, tower.config.patch_size, tuple(masks.shape[1:]), device)
-    return image, mask_inversion._MaskTargets(frame, masks, chunk_size)
+    return image, mask_inversion._MaskTargets(frame, masks)
 
 
 def test_each_golden_step_from_the_stored_embeddings(golden):
@@ -229,12 +232,13 @@ def test_closed_form_matches_the_plain_autograd_twin(tower_kwargs, settings, mas
 
 
 @pytest.mark.parametrize(("grid_size", "patch_size", "mask_hw"), [(6, 14, (84, 84)), (5, 7, (20, 61)), (3, 2, (9, 6))])
-def test_loss_at_patch_resolution_is_the_loss_at_full_resolution(grid_size, patch_size, mask_hw):
+def test_loss_at_patch_resolution_is_the_loss_at_full_resolution(grid_size, patch_size, mask_hw, monkeypatch):
+    monkeypatch.setattr(mask_inversion, "_MASKS_AT_ONCE", 3)
     generator = torch.Generator().manual_seed(0)
     relevance = torch.rand(4, grid_size, grid_size, generator=generator, dtype=torch.float64).float()
     masks = (torch.rand(4, *mask_hw, generator=generator) > 0.6).float()
     frame = mask_inversion._MapFrame(grid_size, patch_size, mask_hw, torch.device("cpu"))
-    dice, gradients = mask_inversion._MaskTargets(frame, masks, chunk_size=3).dice(relevance, slice(0, 4))
+    dice, gradients = mask_inversion._MaskTargets(frame, masks).dice(relevance, slice(0, 4))
     for index in range(4):
         leaf = relevance[index].double().requires_grad_()
         loss = dice_loss(normalised_map(leaf, patch_size, mask_hw), masks[index].double())
@@ -243,25 +247,139 @@ def test_loss_at_patch_resolution_is_the_loss_at_full_resolution(grid_size, patc
         assert relative_error(gradients[index], leaf.grad.float()) < 1e-5
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 20])
-def test_chunks_do_not_change_the_result(tower, hidden_states, masks, expected, chunk_size):
+@pytest.mark.parametrize("group_size", [1, 2, 20])
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 20])
+def test_chunks_and_groups_do_not_change_the_result(
+    tower, hidden_states, masks, expected, chunk_size, group_size, monkeypatch
+):
+    monkeypatch.setattr(mask_inversion_block, "_CACHE_BYTES", group_size * 4 * 4 * 26 * 25)
     assert_same(invert_masks(tower, hidden_states, masks, replace(EXACT, chunk_size=chunk_size)), expected)
-
-
-def test_group_of_masks_at_once_as_on_an_accelerator(tower, hidden_states, masks, expected, monkeypatch):
-    class GroupingWorkspace(mask_inversion_block.Workspace):
-        def __init__(self, block, num_tokens, chunk_size):
-            super().__init__(block, num_tokens, chunk_size)
-            self.group_size = chunk_size
-            self.scratch = self.scratch.new_empty(chunk_size, *self.scratch.shape[1:])
-            self.attention = self.attention.new_empty(chunk_size, *self.attention.shape[1:])
-
-    monkeypatch.setattr(mask_inversion, "Workspace", GroupingWorkspace)
-    assert_same(invert_masks(tower, hidden_states, masks, replace(EXACT, chunk_size=2)), expected)
-    exact = invert_masks(tower, hidden_states, masks, replace(EXACT, chunk_size=2, iterations=1), return_history=True)
-    settings = MaskInversionSettings(compute_dtype="bfloat16", chunk_size=2, iterations=1)
+    exact = invert_masks(
+        tower, hidden_states, masks, replace(EXACT, chunk_size=chunk_size, iterations=1), return_history=True
+    )
+    settings = MaskInversionSettings(compute_dtype="bfloat16", chunk_size=chunk_size, iterations=1)
     rounded = invert_masks(tower, hidden_states, masks, settings, return_history=True)
     assert relative_error(rounded.grads, exact.grads) < 5e-3
+
+
+VIT_L = {"num_tokens": 577, "width": 1024, "mlp_width": 4096, "num_heads": 16}
+SMALL = {"num_tokens": 145, "width": 128, "mlp_width": 384, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "expected"),
+    [
+        (VIT_L, torch.float32, (5, 1)),
+        (VIT_L, torch.bfloat16, (7, 1)),
+        (SMALL, torch.float32, (215, 8)),
+        ({**VIT_L, "num_tokens": 10001}, torch.float32, (1, 1)),
+    ],
+)
+def test_masks_at_once_on_a_cpu(sizes, dtype, expected):
+    assert mask_inversion_block.masks_at_once(torch.device("cpu"), dtype, **sizes) == expected
+    assert mask_inversion_block.masks_at_once(torch.device("cpu"), dtype, **sizes, chunk_size=1) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "unused", "dtype", "expected"),
+    [
+        ("mps", 0, 0, torch.float32, 28),
+        ("cuda", 8e9, 0, torch.float32, 28),
+        ("cuda", 8e9, 0, torch.bfloat16, 25),
+        ("cuda", 1e9, 1e9, torch.float32, 14),
+        ("cuda", 1e6, 0, torch.float32, 1),
+    ],
+)
+def test_masks_at_once_on_an_accelerator(device, free, unused, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10**9 + int(unused))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10**9)
+    assert mask_inversion_block.masks_at_once(torch.device(device), dtype, **VIT_L) == (expected, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_masks", "chunk_size"), [(3, None), (20, None), (20, 5)])
+def test_workspace_takes_the_memory_it_is_given(tower, num_masks, chunk_size, dtype, monkeypatch):
+    monkeypatch.setattr(mask_inversion_block, "_CPU_BYTES", 60_000)
+    monkeypatch.setattr(mask_inversion_block, "_CACHE_BYTES", 30_000)
+    block = mask_inversion_block.read_last_block(tower, None, torch.device("cpu"), dtype)
+    workspace = mask_inversion_block.Workspace(block, 26, num_masks, chunk_size)
+    sizes = {id(buffer): buffer.nbytes for buffer in vars(workspace).values() if isinstance(buffer, torch.Tensor)}
+    assert workspace.chunk_size == (chunk_size or min(num_masks, 7 if dtype == torch.bfloat16 else 6))
+    assert workspace.group_size == 2 and workspace.attention.nbytes <= 30_000
+    if chunk_size is None:
+        assert sum(sizes.values()) - workspace.scratch.nbytes - workspace.attention.nbytes <= 60_000
+
+
+class HostWaits(TorchDispatchMode):
+    """Records the operations at which a host waits for an accelerator, or would, if the tensors were on one."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        tensors = [value for value in (*args, result) if isinstance(value, torch.Tensor)]
+        waits = name in self.NAMES or (name in ("_to_copy", "copy_") and len({one.device for one in tensors}) > 1)
+        if name in ("index", "index_put", "index_put_"):  # by true and false: looks for what is true
+            waits = any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
+        if waits:
+            self.found.append(name)
+        return result
+
+
+def test_host_waits_are_seen():
+    values = torch.arange(3.0)
+    with HostWaits() as waits:
+        values[1].item(), bool(values[1]), values[values > 1]
+        values[values > 1] = values[:1]
+        values[torch.tensor([1, 0])] = torch.where(values > 1, 0.0, values)[:2]
+    assert waits.found == ["_local_scalar_dense", "_local_scalar_dense", "index", "index_put_"]
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_iterations_and_images_never_wait_for_the_device(tower, hidden_states, masks, compute_dtype):
+    def waits(iterations, num_images, chunk_size):
+        settings = MaskInversionSettings(
+            iterations=iterations, compute_dtype=compute_dtype, chunk_size=chunk_size, alpha=0.1, weight_decay=0.1
+        )
+        asked = {"return_explanation_maps": True, "return_history": True}
+        with HostWaits() as waits:
+            invert_masks(tower, hidden_states[:num_images], masks[:num_images].float(), settings, **asked)
+        return waits.found
+
+    once = waits(1, 1, None)
+    assert "nonzero" in once
+    assert waits(7, 1, None) == waits(7, 2, None) == waits(7, 2, 1) == once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_iterations_on_a_device_without_numbers(tower, dtype):
+    """Tensors that say they are on a CUDA device and hold nothing: what asks for their values cannot go on."""
+    block = mask_inversion_block.read_last_block(tower, None, torch.device("cpu"), dtype)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        device = torch.empty(0).device
+        parts = {field.name: getattr(block, field.name) for field in fields(block)}
+        parts = tree_map_only(torch.Tensor, lambda one: torch.empty(one.shape, dtype=one.dtype), parts)
+        block = replace(block, **parts)
+        workspace = mask_inversion_block.Workspace(block, 26, 3, chunk_size=2)
+        image = mask_inversion_block.LinearisedImage(block, torch.empty(26, 32), workspace)
+        frame = mask_inversion._MapFrame(5, tower.config.patch_size, (40, 40), device)
+        targets = mask_inversion._MaskTargets(frame, torch.empty(3, 40, 40))
+        start = image.image_embedding
+        embeddings = start.repeat(3, 1)
+        optimizer = mask_inversion._AdamW(embeddings, 0.1, 0.1)
+        with HostWaits() as waits:
+            for step in range(2):
+                relevance, dice, grads = mask_inversion._explain(image, targets, embeddings, alike=step == 0)
+                grads -= mask_inversion._cosine_gradient(embeddings, start)
+                optimizer.step(embeddings, grads)
+        assert workspace.group_size == 2 and not waits.found
+        assert all(values.device == device for values in (relevance, dice, grads, embeddings))
 
 
 def test_images_and_masks_do_not_touch_each_other(tower, hidden_states, masks, expected):
@@ -320,7 +438,7 @@ def test_constant_map_does_not_poison_its_neighbours():
     relevance = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0))
     masks = torch.ones(2, 8, 8)
     frame = mask_inversion._MapFrame(4, 2, (8, 8), torch.device("cpu"))
-    targets = mask_inversion._MaskTargets(frame, masks, chunk_size=2)
+    targets = mask_inversion._MaskTargets(frame, masks)
     dice, gradients = targets.dice(relevance, slice(0, 2))
     for constant in (0.0, 0.3):
         relevance[1] = constant

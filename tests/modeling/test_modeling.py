@@ -220,6 +220,16 @@ def test_only_the_needed_hidden_states_are_kept():
     assert [i for i, state in enumerate(states) if state is not None] == [2]
 
 
+def test_without_slots_for_objects_the_tally_is_checked_too():
+    model, inputs = make_model(), batch(counts=(0, 0, 0))
+    with torch.no_grad():
+        expected = model(**inputs).logits  # empty slots
+        inputs["object_embeds"] = inputs["object_embeds"][:, :0]
+        assert torch.equal(model(**inputs).logits, expected)
+        with pytest.raises(ValueError, match="30 tokens"):
+            model(**{**batch(), **{name: inputs[name] for name in ("object_embeds", "object_counts")}})
+
+
 def test_forward_is_one_graph_and_catches_a_wrong_tally():
     model, inputs = make_model(), batch()
     torch._dynamo.reset()

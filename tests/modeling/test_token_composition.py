@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mask_llava_hf.modeling import token_composition
 from mask_llava_hf.modeling.token_composition import (
     compose_tokens,
     patch_statistics,
@@ -55,6 +56,14 @@ def test_streams_in_order_and_only_cls_and_objects_are_scaled():
     fixed = compose_tokens(features, objects, layout, "fixed", (2.0, 3.0))
     torch.testing.assert_close(fixed[:, 5:].mean(-1), torch.full((2, 5), 2.0))
     torch.testing.assert_close(fixed[:, 5:].std(-1, correction=0), torch.full((2, 5), 3.0))
+
+
+def test_moments_are_taken_only_where_something_is_scaled(monkeypatch):
+    features = torch.randn(1, 5, 8)
+    monkeypatch.setattr(token_composition, "patch_statistics", lambda patches: pytest.fail("nobody reads them"))
+    layout = TokenLayout(use_cls_token=False, patch_grid_size=2, max_object_tokens=0)
+    for objects in (None, torch.empty(1, 0, 8)):
+        assert torch.equal(compose_tokens(features, objects, layout, "per_image"), features[:, 1:])
 
 
 def test_fixed_scaling_without_numbers_is_refused():

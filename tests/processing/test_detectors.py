@@ -146,6 +146,17 @@ def test_an_image_is_detected_alike_alone_and_among_others(saved):
         assert objects.labels == alone.labels
 
 
+def test_the_layout_of_convolutions_changes_nothing(saved):
+    detector = ObjectDetector.from_pretrained(saved)
+    kernels = [kernel for kernel in detector.model.parameters() if kernel.ndim == 4]
+    assert kernels and all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    found = detector.detect(PICTURES, 0.2, 7)
+    detector.model.to(memory_format=torch.contiguous_format)
+    for objects, plain in zip(found, detector.detect(PICTURES, 0.2, 7), strict=True):
+        torch.testing.assert_close(objects.scores, plain.scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(objects.boxes_xyxy, plain.boxes_xyxy, rtol=0, atol=1e-3)
+
+
 def test_the_threshold_can_leave_nothing_and_no_images_are_no_work(saved):
     detector = ObjectDetector.from_pretrained(saved)
     assert [len(objects) for objects in detector.detect(PICTURES[:2], score_threshold=1.0)] == [0, 0]

@@ -294,22 +294,6 @@ def test_boxes_as_masks(processor):
     assert ((areas - widths * heights).abs() <= widths + heights + 1).all()
 
 
-@pytest.mark.parametrize("order", ["box_iou", "score"])
-def test_orders_without_masks_segment_and_invert_only_what_is_kept(tiny_checkpoint, order, monkeypatch):
-    processor = AutoProcessor.from_pretrained(tiny_checkpoint)
-    processor.object_settings["order"] = order
-    segmenter = processor._parts().segmenter()
-    seen = []
-    segment = type(segmenter).segment
-    monkeypatch.setattr(
-        type(segmenter),
-        "segment",
-        lambda self, images, boxes: seen.extend(map(len, boxes)) or segment(self, images, boxes),
-    )
-    processor(images=[picture(0), picture(1)], text=["<image>", "<image>"], max_object_tokens=2)
-    assert seen == [2, 2]
-
-
 # ------------------------------------------------------------------------------------------------------------ chats
 def chat(image, **extra):
     block = {"type": "image", "image": image, **extra}

@@ -27,6 +27,7 @@ from mask_llava_hf.conversion.sam_keys import sam_state_dict_to_transformers
 from mask_llava_hf.processing.objects.segmenters import (
     SegmentAnythingSegmenter,
     build_segment_anything,
+    default_batch_sizes,
     load_segmenter,
 )
 
@@ -217,7 +218,7 @@ def test_chunks_and_batches_do_not_change_masks(source):
 def test_each_image_with_boxes_is_encoded_once(source, monkeypatch):
     segmenter = load_segmenter(source)
     calls = encoder_calls(segmenter, monkeypatch)
-    segmenter.box_chunk_size = 2
+    segmenter.box_chunk_size, segmenter.image_batch_size = 2, 1
     segmenter.segment(PICTURES, BOXES)
     assert calls == [1, 1]
     segmenter.image_batch_size = 8
@@ -225,6 +226,49 @@ def test_each_image_with_boxes_is_encoded_once(source, monkeypatch):
     assert calls == [1, 1, 2]
     segmenter.segment([PICTURES[1]], [BOXES[1]])
     assert segmenter.segment([], []) == [] and calls == [1, 1, 2]
+
+
+def logits_by_image(segmenter, embeddings, boxes):
+    """The mask logits of each image's boxes, decoded without those of other images."""
+    model, logits = segmenter.model, []
+    for row, image_boxes in enumerate(boxes):
+        if isinstance(segmenter, SegmentAnythingSegmenter):
+            sparse, dense = model.prompt_encoder(points=None, boxes=image_boxes, masks=None)
+            places = model.prompt_encoder.get_dense_pe()
+            logits.append(model.mask_decoder(embeddings[row : row + 1], places, sparse, dense, False)[0])
+        else:
+            levels = [level[row : row + 1] for level in embeddings]
+            given = levels[0] if model.config.model_type == "sam" else levels
+            outputs = model(image_embeddings=given, input_boxes=image_boxes[None], multimask_output=False)
+            logits.append(outputs.pred_masks[0])
+    return torch.cat(logits)
+
+
+def test_boxes_of_several_images_are_decoded_together_as_alone(source, monkeypatch):
+    segmenter = load_segmenter(source)
+    boxes = [some_boxes(image, 2 * number + 1, number) * SIDE / 101 for number, image in enumerate(PICTURES)]
+    rows = torch.tensor([0] + [1] * 3 + [2] * 5)
+    with torch.inference_mode():
+        _, embeddings = segmenter._encode(PICTURES)
+        expected = logits_by_image(segmenter, embeddings, boxes)
+        together = segmenter._decode(rows, embeddings, torch.cat(boxes))
+    assert together.shape[:2] == (9, 1)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+    segmenter.box_chunk_size, segmenter.image_batch_size = 4, 3
+    chunks, decode = [], segmenter._decode
+    monkeypatch.setattr(segmenter, "_decode", lambda rows, *rest: chunks.append(rows.tolist()) or decode(rows, *rest))
+    masks = segmenter.segment(PICTURES, [some_boxes(image, 3) for image in PICTURES])
+    assert chunks == [[0, 0, 0, 1], [1, 1, 2, 2], [2]]
+    for image, image_masks in zip(PICTURES, masks, strict=True):
+        alone = segmenter.segment([image], [some_boxes(image, 3)])[0]
+        assert (image_masks != alone).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize(("side", "expected"), [(96, (4, 16)), (256, (1, 16)), (512, (1, 8)), (1024, (1, 2))])
+def test_passes_on_a_cpu_are_small_for_large_inputs(side, expected):
+    assert default_batch_sizes(torch.device("cpu"), side) == expected
+    assert default_batch_sizes(torch.device("cuda"), side) == (4, 16)
 
 
 def test_half_precision_runs(source):

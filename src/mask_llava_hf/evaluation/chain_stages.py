@@ -15,6 +15,8 @@ from transformers import DynamicCache
 from ..modeling.object_embedding import LAST_BLOCK_INPUT, embed_masks
 from ..modeling.token_composition import compose_tokens
 from ..modeling.token_layout import TokenLayout
+from ..processing.objects.detectors import ObjectDetector
+from ..processing.objects.segmenters import default_batch_sizes
 from .flop_counts import count_flops
 from .measured_models import Models
 from .measuring import anonymous_bytes, measure
@@ -32,7 +34,6 @@ DECODE = "decode"
 STAGES = (READ, DETECTOR, ENCODER, DECODER, TOWER, INVERSION, COMPOSITION, PREFILL, DECODE)
 
 PICTURE_HW = (480, 640)  # COCO's usual size
-BOXES_AT_ONCE = 16  # as segmenters take them by default
 
 # Ways to embed a mask: changes of the checkpoint's own configuration.
 EMBEDDINGS: dict[str, dict[str, Any]] = {
@@ -184,6 +185,7 @@ class _Bench:
 
     def _detect(self, stage: Stage) -> Callable[[], object]:
         model, image_processor = self._load(stage.part, lambda: self.models.detector(stage.part, self.device))
+        model = ObjectDetector(model, image_processor).model  # with its memory format
         inputs = image_processor(images=picture(), return_tensors="pt")
         arguments = {name: value.to(self.device) for name, value in inputs.items()}
         arguments["pixel_values"] = arguments["pixel_values"].to(self.models.dtype)
@@ -204,9 +206,10 @@ class _Bench:
         sizes = {"reshaped_input_sizes": inputs["reshaped_input_sizes"]} if "reshaped_input_sizes" in inputs else {}
         frame = torch.tensor(inputs["pixel_values"].shape[-2:]).flip(0).repeat(2)
         boxes = (random_boxes(stage.count) * frame).to(self.device)
+        _, boxes_at_once = default_batch_sizes(torch.device("cpu"), int(frame.max()))
 
         def run() -> None:
-            for chunk in boxes.split(BOXES_AT_ONCE):
+            for chunk in boxes.split(boxes_at_once):
                 logits = model(image_embeddings=embeddings, input_boxes=chunk[None], multimask_output=False).pred_masks
                 if self.device != "meta":
                     image_processor.post_process_masks([logits[0].float()], original_sizes=[PICTURE_HW], **sizes)

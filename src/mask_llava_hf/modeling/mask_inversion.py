@@ -29,6 +29,8 @@ from .mask_inversion_block import (
 _ADAM_BETAS = (0.9, 0.999)
 _ADAM_EPS = 1e-8
 _DICE_SMOOTH = 1.0
+# Masks of an image that are float32 at the same time.
+_MASKS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class MaskInversionSettings:
         lr: learning rate of AdamW. Our choice is that of the published examples; the published class has 0.1.
         alpha: weight of the regulariser 1 - cosine(embedding, image embedding).
         weight_decay: decoupled weight decay of AdamW.
-        chunk_size: masks handled together. It sets the memory (for ViT-L/14 at 336 pixels about 12 MB per mask on a
-            CPU, 45 on an accelerator), not the result.
+        chunk_size: masks handled together. It sets the memory (for ViT-L/14 at 336 pixels 12 MB per mask on a CPU, 35
+            on an accelerator), not the result. None takes what fits into 64 MB on a CPU, and into 1 GB (or a quarter
+            of what is free) on an accelerator: for that tower 5 and 28, for small ones all masks.
         compute_dtype: `"float32"`; `"bfloat16"` does the two largest products in bfloat16 (the part of them that all
             tokens share, and everything else, stays float32). Losses then move by a few thousandths, rarely more:
             where another pixel becomes a map's extreme, the path forks, as it does from any rounding. `"auto"` takes
@@ -55,13 +58,15 @@ class MaskInversionSettings:
     lr: float = 0.5
     alpha: float = 0.0
     weight_decay: float = 0.0
-    chunk_size: int = 5
+    chunk_size: int | None = None
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     reduction: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
         for name in ("iterations", "chunk_size"):
             value = getattr(self, name)
+            if name == "chunk_size" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` is {value!r}, expected an integer of at least 1.")
         for name in ("lr", "alpha", "weight_decay"):
@@ -161,13 +166,13 @@ class _MapFrame:
 class _MaskTargets:
     """The masks (n, H, W) of one image as the loss needs them: `sums` (n, g, g) = <mask, map>, `areas` (n,)."""
 
-    def __init__(self, frame: _MapFrame, masks: Tensor, chunk_size: int) -> None:
+    def __init__(self, frame: _MapFrame, masks: Tensor) -> None:
         self.frame = frame
         sums, areas = [], []
-        for chunk in masks.split(chunk_size):
-            chunk = chunk.to(torch.float32)
-            sums.append(frame.rows.T @ (chunk @ frame.columns))
-            areas.append(chunk.sum(dim=(1, 2)))
+        for part in masks.split(_MASKS_AT_ONCE):
+            part = part.to(torch.float32)
+            sums.append(frame.rows.T @ (part @ frame.columns))
+            areas.append(part.sum(dim=(1, 2)))
         self.sums, self.areas = torch.cat(sums), torch.cat(areas)
 
     def dice(self, relevance: Tensor, part: slice) -> tuple[Tensor, Tensor]:
@@ -283,7 +288,7 @@ def _check_inputs(hidden_states: Tensor, masks: Tensor, width: int) -> int:
             "NaN. Look for NaN in `pixel_values`, or for overflow in a float16 tower (use bfloat16 or float32)."
         )
     if masks.dtype != torch.bool and masks.numel() > 0:
-        low, high = (value.item() for value in torch.aminmax(masks))
+        low, high = torch.stack(torch.aminmax(masks)).tolist()
         if not (low >= 0 and high <= 1):
             raise ValueError(
                 f"`masks` ({masks.dtype}) holds values from {low} to {high}, expected bool or values in [0, 1]. "
@@ -369,16 +374,19 @@ def _invert_masks(
     else:
         use_bfloat16 = settings.compute_dtype == "bfloat16"
     block = read_last_block(model, visual_projection, device, torch.bfloat16 if use_bfloat16 else torch.float32)
-    largest = int(is_filled.sum(dim=1).max())
-    workspace = Workspace(block, hidden_states.shape[1], min(settings.chunk_size, largest))
+    counts = is_filled.sum(dim=1).tolist()
+    workspace = Workspace(block, hidden_states.shape[1], max(counts), settings.chunk_size)
     frame = _MapFrame(grid_size, model.config.patch_size, (mask_hw[0], mask_hw[1]), device)
 
-    for index in range(num_images):
-        filled = is_filled[index].nonzero()[:, 0].to(device)  # (n,)
+    # From here on the host never waits for an accelerator. It has asked what it must know, once per call: whether the
+    # states are finite (`_check_inputs`, which also asks for the range of masks that are not bool), and which masks
+    # are filled. These indices are the last that it sends, unless the masks lie elsewhere.
+    slots = is_filled.nonzero()[:, 1].to(device).split(counts)
+    for index, filled in enumerate(slots):  # filled (n,)
         if len(filled) == 0:
             continue
         image = LinearisedImage(block, hidden_states[index].detach().to(torch.float32), workspace)
-        targets = _MaskTargets(frame, masks[index].to(device)[filled], settings.chunk_size)
+        targets = _MaskTargets(frame, masks[index].to(device)[filled])
         scale = 1 / len(filled) if settings.reduction == "mean" else 1.0
         start = image.image_embedding
         embeddings = start.repeat(len(filled), 1)  # (n, E)

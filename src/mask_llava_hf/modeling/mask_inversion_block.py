@@ -29,6 +29,16 @@ _BLOCK_LAYOUT = {
 }
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Memory of `Workspace` where nobody sets the masks handled at once: of the buffers that grow with them on a CPU ...
+_CPU_BYTES = 64 * 10**6
+# ... and of all on an accelerator, whose free memory may allow less.
+_ACCELERATOR_BYTES = 10**9
+_PART_OF_FREE_MEMORY = 0.25
+# On a CPU, attention gradients that stay in the cache between the passes over them. Measured with 0.1 to 2 MB per mask
+# (145 to 257 tokens, 4 to 12 heads): the time is flat from 1 to 4 MB, and 10 to 20 % worse for one small mask at a
+# time, by the overhead of the calls, or for over 6 MB.
+_CACHE_BYTES = 3 * 10**6
+
 
 def _quick_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
     gate = (1.702 * x).sigmoid_()
@@ -272,30 +282,70 @@ def read_last_block(
         )
 
 
+def masks_at_once(
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    num_tokens: int,
+    width: int,
+    mlp_width: int,
+    num_heads: int,
+    chunk_size: int | None = None,
+) -> tuple[int, int]:
+    """How many masks share the two large products (a chunk), and the passes over attention gradients (a group).
+
+    On a CPU a chunk takes at most 64 MB, and a group's attention gradients 3 MB. On an accelerator, which rather wants
+    few and large launches, both are the same and take at most 1 GB, or a quarter of the memory that is free. One mask
+    is the least, whatever it takes; a `chunk_size` that is given stays.
+    """
+    rounded_width = 0 if compute_dtype == torch.float32 else width
+    in_chunk = 4 * width + compute_dtype.itemsize * (mlp_width + rounded_width)
+    in_group = 4 * num_heads * (num_tokens - 1)
+    if device.type == "cpu":
+        chunk_size = chunk_size or max(1, _CPU_BYTES // (num_tokens * in_chunk))
+        return chunk_size, min(chunk_size, max(1, _CACHE_BYTES // (num_tokens * in_group)))
+    in_group += 4 * _scratch_width(compute_dtype, width, mlp_width)
+    chunk_size = chunk_size or max(1, _accelerator_bytes(device) // (num_tokens * (in_chunk + in_group)))
+    return chunk_size, chunk_size
+
+
+def _accelerator_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _ACCELERATOR_BYTES
+    # What torch holds and does not use is free for us too.
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_ACCELERATOR_BYTES, int(_PART_OF_FREE_MEMORY * free))
+
+
+def _scratch_width(compute_dtype: torch.dtype, width: int, mlp_width: int) -> int:
+    return width if compute_dtype == torch.float32 else max(width, mlp_width)
+
+
 class Workspace:
     """The large buffers of the iterations, made once per call and written over by every chunk of masks.
 
     A new tensor of this size costs a CPU more in page faults than the arithmetic that fills it.
+
+    Args:
+        num_masks: the most that an image has.
+        chunk_size: masks handled together; None leaves it to `masks_at_once`.
     """
 
-    def __init__(self, block: LastBlock, num_tokens: int, chunk_size: int) -> None:
+    def __init__(self, block: LastBlock, num_tokens: int, num_masks: int, chunk_size: int | None = None) -> None:
         product = block.mlp_to_attention_product
-        device, (mlp_width, width) = product.device, product.shape
-        self.chunk_size = chunk_size
-        # One mask's attention gradients stay in a CPU's cache between the passes over them; an accelerator rather
-        # wants few and large launches.
-        self.group_size = group_size = 1 if device.type == "cpu" else chunk_size
+        device, dtype, (mlp_width, width) = product.device, product.dtype, product.shape
+        at_once = masks_at_once(device, dtype, num_tokens, width, mlp_width, block.num_heads, chunk_size)
+        self.chunk_size, self.group_size = chunk_size, group_size = [min(num_masks, size) for size in at_once]
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         self.tokens = buffer(chunk_size, num_tokens, width)
-        self.wide = buffer(chunk_size, num_tokens, mlp_width, dtype=product.dtype)
+        self.wide = buffer(chunk_size, num_tokens, mlp_width, dtype=dtype)
         # What enters and leaves the large products, where their dtype is not float32.
         self.rounded_tokens = self.tokens
-        if product.dtype != torch.float32:
-            self.rounded_tokens = buffer(chunk_size, num_tokens, width, dtype=product.dtype)
-        self.scratch = buffer(group_size, num_tokens, max(mlp_width, width))
+        if dtype != torch.float32:
+            self.rounded_tokens = buffer(chunk_size, num_tokens, width, dtype=dtype)
+        self.scratch = buffer(group_size, num_tokens, _scratch_width(dtype, width, mlp_width))
         self.attention = buffer(group_size, block.num_heads, num_tokens, num_tokens - 1)
 
     def groups(self, count: int) -> Iterator[slice]:
@@ -409,7 +459,11 @@ class LinearisedImage:
         weighted = self.value * relevance_gradients[:, None, :, None]  # (n, H, K, d)
         weighted /= self.block.num_heads * self.num_tokens
         by_head = out.unflatten(-1, (self.block.num_heads, -1)).transpose(1, 2)  # (n, H, T, d)
-        by_head.copy_(torch.matmul(positive, weighted))
+        if len(positive) == len(out):
+            by_head.copy_(torch.matmul(positive, weighted))
+        else:  # side by side, as `matmul` would copy `positive` for each mask
+            beside = weighted.permute(1, 2, 0, 3).flatten(2)  # (H, K, n * d)
+            by_head.copy_(torch.matmul(positive[0], beside).unflatten(-1, (len(out), -1)).permute(2, 0, 1, 3))
 
     def direction_gradients(self, cotangents: Tensor) -> Tensor:
         """Transpose of `attention_output_gradients`: (n, T, C), a view of `workspace.tokens`, -> (n, E)."""

@@ -376,10 +376,13 @@ class MaskLlavaModel(MaskLlavaPreTrainedModel, LlavaModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         tokens, counts = tokens.to(inputs_embeds.device, inputs_embeds.dtype), counts.to(inputs_embeds.device)
-        valid = torch.arange(tokens.shape[1], device=tokens.device) < num_fixed + counts[:, None]
-        real_first = torch.sort(valid.flatten().logical_not(), stable=True).indices
-        tokens = tokens.flatten(0, 1)[real_first]
-        placeholders = self._checked_placeholders(input_ids, inputs_embeds, valid.sum())
+        slots, tokens = tokens.shape[1], tokens.flatten(0, 1)
+        num_tokens: int | torch.Tensor = len(tokens)
+        if slots > num_fixed:  # slots of objects, some of which may be empty
+            valid = torch.arange(slots, device=tokens.device) < num_fixed + counts[:, None]
+            real_first = torch.sort(valid.flatten().logical_not(), stable=True).indices
+            tokens, num_tokens = tokens[real_first], valid.sum()
+        placeholders = self._checked_placeholders(input_ids, inputs_embeds, num_tokens)
         return inputs_embeds.masked_scatter(placeholders, tokens), tokens
 
     def _image_path_runs_without_images(self, past_key_values: Cache | None) -> bool:

@@ -95,7 +95,12 @@ def compose_tokens(
     cls_token, patches = features[:, :1], features[:, 1:]
     if norm_scaling == "fixed" and fixed_statistics is None:
         raise ValueError('`norm_scaling`="fixed" needs `patch_statistics`, (mean, standard deviation), but has None.')
-    statistics = patch_statistics(patches) if norm_scaling == "per_image" else fixed_statistics
+    if object_embeds is not None and not object_embeds.shape[1]:
+        object_embeds = None
+    statistics: Sequence[torch.Tensor | float] | None = fixed_statistics
+    # Patches are not scaled themselves: without the other streams, as in LLaVA, nobody reads their moments
+    if norm_scaling == "per_image" and (layout.use_cls_token or object_embeds is not None):
+        statistics = patch_statistics(patches)
 
     def scaled(tokens: torch.Tensor) -> torch.Tensor:
         if statistics is not None:
@@ -105,6 +110,6 @@ def compose_tokens(
     streams = [pool_patches(patches, layout.patch_grid_size)]
     if layout.use_cls_token:
         streams.insert(0, scaled(cls_token))
-    if object_embeds is not None and object_embeds.shape[1]:
+    if object_embeds is not None:
         streams.append(scaled(object_embeds.detach().to(features.device)))
     return streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)

@@ -10,6 +10,7 @@ Coordinates are continuous pixels: x to the right, y down, pixel (row, column) c
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -159,27 +160,13 @@ class SquareFrame:
                 square[y, x] = True
 
     def _resampling_weights(self, axis: int, content: slice, device: torch.device) -> torch.Tensor:
-        """Sparse (S, content): how much each original pixel of `content` adds to each pixel of the square.
-
-        The triangle filter of antialiased bilinear resizing, normalised over the padded image, with the rows that the
-        crop keeps and the columns that are original pixels.
-        """
-        padded, resized, pad = self.padded_hw[axis], self.resized_hw[axis], self.pad_top_left[axis]
-        scale = padded / resized
-        support = max(scale, 1.0)
-        targets = torch.arange(self.size, dtype=torch.float64, device=device) + self.crop_top_left[axis]
-        centres = (targets + 0.5) * scale
-        first = (centres - support).floor().long()
-        sources = first[:, None] + torch.arange(math.ceil(2 * support) + 2, device=device)  # (S, taps)
-        weights = (1 - ((sources + 0.5 - centres[:, None]) / support).abs()).clamp(min=0)
-        weights = weights * ((sources >= 0) & (sources < padded))
-        weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
-        sources = sources - pad - content.start
-        used = (weights > 0) & (sources >= 0) & (sources < content.stop - content.start)
-        used &= ((targets >= 0) & (targets < resized))[:, None]  # beyond are the zeros that the crop adds
-        indices = torch.stack([used.nonzero()[:, 0], sources[used]])
+        """Sparse (S, content): how much each original pixel of `content` adds to each pixel of the square."""
+        sizes = (self.padded_hw[axis], self.resized_hw[axis], self.pad_top_left[axis], self.crop_top_left[axis])
+        indices, weights = _resampling_weights(*sizes, self.size, device)
+        used = (indices[1] >= content.start) & (indices[1] < content.stop)
+        indices = torch.stack([indices[0, used], indices[1, used] - content.start])
         shape = (self.size, content.stop - content.start)
-        return torch.sparse_coo_tensor(indices, weights[used].float(), shape, check_invariants=False)
+        return torch.sparse_coo_tensor(indices, weights[used], shape, check_invariants=False)
 
     def _visible(self, axis: int, content: slice) -> slice:
         """The part of `content` whose pixels reach into the square."""
@@ -195,6 +182,32 @@ class SquareFrame:
         original = ((counts * positions).sum() / counts.sum()).item()
         scaled = (original + self.pad_top_left[axis]) * self.resized_hw[axis] / self.padded_hw[axis]
         return min(max(math.floor(scaled - self.crop_top_left[axis]), 0), self.size - 1)
+
+
+@lru_cache(maxsize=16)  # two axes of images of a few sizes: for small masks, making them anew costs more than their use
+def _resampling_weights(
+    padded: int, resized: int, pad: int, crop: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much original pixels add to pixels of the square along one axis, where it is more than nothing.
+
+    The triangle filter of antialiased bilinear resizing, normalised over the padded image, for the pixels of the square
+    that the crop keeps. Padding comes out with indices below zero or past the original.
+
+    Returns:
+        (2, n) int64, pixels of the square and of the original; and (n,) float32.
+    """
+    scale = padded / resized
+    support = max(scale, 1.0)
+    targets = torch.arange(size, dtype=torch.float64, device=device) + crop
+    centres = (targets + 0.5) * scale
+    first = (centres - support).floor().long()
+    sources = first[:, None] + torch.arange(math.ceil(2 * support) + 2, device=device)  # (S, taps)
+    weights = (1 - ((sources + 0.5 - centres[:, None]) / support).abs()).clamp(min=0)
+    weights = weights * ((sources >= 0) & (sources < padded))
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
+    used = weights > 0
+    used &= ((targets >= 0) & (targets < resized))[:, None]  # beyond are the zeros that the crop adds
+    return torch.stack([used.nonzero()[:, 0], sources[used] - pad]), weights[used].float()
 
 
 def _size_dict(size: Any, name: str, default_to_square: bool) -> dict[str, int]:

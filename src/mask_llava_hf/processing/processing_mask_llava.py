@@ -346,6 +346,8 @@ class MaskLlavaProcessor(ProcessorMixin):
             return []
         cap = self._cap(settings, max_object_tokens, ())
         check_integer("batch_size", batch_size, 1)
+        if cap == 0:
+            return [ImageObjects.empty((picture.height, picture.width)) for picture in pictures]
         pixel_values = self._process_pixels(pictures)["pixel_values"]
         found, _ = self._find(
             pictures, [None] * len(pictures), cap, pixel_values, {}, keep_masks=True, images_per_step=batch_size
