@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the small wor
 from shapes_world.scenes import Scene, make_scene
 
 from mask_llava_hf import DEFAULT_CHECKPOINT, ImageObjects, MaskLlavaProcessor, ObjectStore
-from mask_llava_hf.evaluation.measuring import circumstances, write_rows
+from mask_llava_hf.evaluation.measuring import circumstances, markdown, write_rows
 from mask_llava_hf.precompute import precompute_objects
 from mask_llava_hf.processing import mask_embedder
 from mask_llava_hf.processing.object_parts import ObjectParts
@@ -44,8 +44,7 @@ BATCH_SIZES = (1, 8, 32)
 COSTLY_ORDERS = ("box_iou", "mask_iou")  # before the segmenter, and after it
 COST_CAPS = (0, 1, 5, 20)
 QUALITY_CAPS = (1, 2, 5, 20)
-# The saved threshold of the default checkpoint, and the package's own, which leaves many candidates to choose from
-THRESHOLDS = (0.3, 0.05)
+LOW_THRESHOLD = 0.05  # the package's own, which leaves many candidates to choose from; and the checkpoint's is tried
 MODELS = ("detector", "segmenter encoder", "mask decoder", "vision tower", "mask inversion")
 COVERED = 0.5  # IoU with a true shape from which on an object counts as that shape
 
@@ -212,7 +211,7 @@ def quality_rows(checkpoint: str, scenes: Sequence[Scene]) -> list[dict[str, Any
     sizes = [(picture.height, picture.width) for picture in pictures]
     true_boxes = [ImageObjects.from_boxes(scene.boxes_xyxy, size) for scene, size in zip(scenes, sizes, strict=True)]
     rows = [row(source, found, boxes_from="truth") for source, found in masked(true_boxes).items()]
-    for threshold in THRESHOLDS:
+    for threshold in (settings.score_threshold, LOW_THRESHOLD):
         candidates = parts.detector().detect(pictures, threshold, settings.max_candidates)
         for source, found in masked(candidates).items():
             for order in ORDERS if source == "segmenter" else ORDERS[:1]:  # of boxes as masks, IoUs are those of boxes
@@ -255,13 +254,6 @@ def _iou(masks: Tensor | None, others: Tensor) -> Tensor:
     first, second = (torch.zeros(0, *others.shape[1:]) if masks is None else masks).flatten(1), others.flatten(1)
     shared = first.float() @ second.float().T
     return shared / (first.sum(1)[:, None] + second.sum(1) - shared).clamp(min=1)
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table with the columns of all rows."""
-    columns = list({name: None for row in rows for name in row})
-    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 
@@ -36,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "modeling"))  # the
 
 from plain_mask_inversion import invert_masks_plainly
 
-from mask_llava_hf.evaluation.measuring import Measured, circumstances, matrix_rate, measure, write_rows
+from mask_llava_hf.evaluation.flop_counts import count_flops
+from mask_llava_hf.evaluation.measuring import Measured, circumstances, markdown, matrix_rate, measure, write_rows
 from mask_llava_hf.modeling.mask_inversion import MaskInversionOutput, MaskInversionSettings, invert_masks
 from mask_llava_hf.modeling.mask_inversion_block import masks_at_once
 
@@ -109,7 +109,7 @@ def main() -> None:
     for row in rows:
         row |= ratios(row, *(other["cpu_s"] for other in compared))
     rows += compared
-    print(table(rows), ", ".join(f"{name} {value}" for name, value in circumstances().items()), sep="\n\n")
+    print(markdown(rows), ", ".join(f"{name} {value}" for name, value in circumstances().items()), sep="\n\n")
     if options.output is not None:
         write_rows(options.output, [{**row, **circumstances()} for row in rows])
         print(f"\nwritten to {options.output}")
@@ -144,14 +144,10 @@ def make_masks(num_images: int, num_masks: int, side: int) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------- measurement
-def count_flop(call: Callable[[int], object], iterations: int) -> int:
+def flop_of(call: Callable[[int], object], iterations: int) -> int:
     """FLOP of `call(iterations)`, from calls with one and with two: all after the first iteration are alike."""
-    first, second = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with first:
-        call(1)
-    with second:
-        call(2)
-    return first.get_total_flops() + (iterations - 1) * (second.get_total_flops() - first.get_total_flops())
+    first, second = (count_flops(partial(call, count)) for count in (1, 2))
+    return first + (iterations - 1) * (second - first)
 
 
 def large_flop(config: CLIPVisionConfig, num_tokens: int, num_images: int, num_masks: int, iterations: int) -> int:
@@ -187,7 +183,7 @@ def closed_form(
     def invert(iterations: int) -> None:
         found[:] = [invert_masks(tower, states, masks, replace(settings, iterations=iterations))]
 
-    flop = count_flop(invert, settings.iterations)  # which warms up, too
+    flop = flop_of(invert, settings.iterations)  # which warms up, too
     large = large_flop(config, num_tokens, *masks.shape[:2], settings.iterations)
     at_once, _ = masks_at_once(states.device, dtype, num_tokens, width, mlp_width, config.num_attention_heads)
     rate, float32_rate = matrix_rate(dtype, **matrix), matrix_rate(torch.float32, **matrix)
@@ -207,14 +203,12 @@ def closed_form(
 
 
 def tower_pass(tower: CLIPVisionModel, pixels: Tensor) -> Row:
-    counter = FlopCounterMode(display=False)
-    with counter:
-        tower(pixels)
+    flop = count_flops(lambda: tower(pixels))
     cost = measure(lambda: tower(pixels), repeats=3, warm_up=False)
     return {
         "form": "tower pass",
         "compute_dtype": "float32",
-        **told(len(pixels), 0, 0, counter.get_total_flops(), cost),
+        **told(len(pixels), 0, 0, flop, cost),
     }
 
 
@@ -233,10 +227,7 @@ def autograd(
         invert = partial(
             invert_masks_plainly, alone, states, masks, iterations=iterations, weight_gradients=weight_gradients
         )
-        counter = FlopCounterMode(display=False)
-        with counter:
-            invert()
-        flop.append(counter.get_total_flops())
+        flop.append(count_flops(invert))
         costs.append(measure(invert, repeats=3, warm_up=False))
     once, thrice = costs
     cost = replace(thrice, wall_s=thrice.wall_s - once.wall_s, cpu_s=thrice.cpu_s - once.cpu_s)
@@ -273,15 +264,6 @@ def told(num_images: int, num_masks: int, iterations: int, flop: int, cost: Meas
         "gflop_per_s": flop / cost.wall_s / 1e9,
         "peak_mb": cost.peak_bytes / 1e6,
     }
-
-
-def table(rows: list[Row]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns, ["---"] * len(columns)]
-    for row in rows:
-        values = (row.get(name, "") for name in columns)
-        cells.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 if __name__ == "__main__":

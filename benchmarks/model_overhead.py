@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from overhead_models import (
@@ -45,7 +45,7 @@ from overhead_models import (
 from transformers import PreTrainedModel
 
 from mask_llava_hf import MaskLlavaForConditionalGeneration
-from mask_llava_hf.evaluation.measuring import circumstances, measure, measure_pair, write_rows
+from mask_llava_hf.evaluation.measuring import circumstances, markdown, measure, measure_pair, seconds_of, write_rows
 
 
 RESULTS = Path(__file__).parent / "results" / "model_overhead.csv"
@@ -64,11 +64,6 @@ COLUMNS = {
 }
 
 Row = dict[str, Any]
-
-
-class Seconds(NamedTuple):
-    wall: float
-    cpu: float  # of all threads
 
 
 @torch.no_grad()
@@ -143,10 +138,8 @@ def overhead(
 def compare(what: str, tokens: int, first: Call, second: Call, turns: int) -> Row:
     """Times two calls in turns, after a look at whether they give the same."""
     torch.testing.assert_close(ending(first()), ending(second()))
-    seconds: tuple[list[Seconds], list[Seconds]] = ([], [])
     turns = 10 * turns if what.startswith("one token") else turns
-    measure_pair(partial(timed, first, seconds[0]), partial(timed, second, seconds[1]), turns)
-    turn_by_turn = list(zip(*seconds, strict=True))[1:]  # without the first, which warms up
+    turn_by_turn = measure_pair(first, second, turns)
     low, ratio, high = statistics.quantiles(
         [one.wall / other.wall for one, other in turn_by_turn], n=4, method="inclusive"
     )
@@ -169,12 +162,6 @@ def ending(output: Any) -> torch.Tensor:
     return output[:, -ANSWER["max_new_tokens"] :] if isinstance(output, torch.Tensor) else output.logits[:, -1]
 
 
-def timed(function: Call, seconds: list[Seconds]) -> None:
-    started, cpu_started = time.perf_counter(), time.process_time()
-    function()
-    seconds.append(Seconds(time.perf_counter() - started, time.process_time() - cpu_started))
-
-
 # ----------------------------------------------------------------------------------------------------------- dropping
 def dropping(model: MaskLlavaForConditionalGeneration, turns: int) -> list[Row]:
     """What the knobs of `generate` save; all of them in every turn, so that a busy moment meets them alike."""
@@ -184,10 +171,9 @@ def dropping(model: MaskLlavaForConditionalGeneration, turns: int) -> list[Row]:
             generate = partial(model.generate, **inputs, **knobs, do_sample=False)
             with LanguageModelWatch(model.model.language_model) as watch:
                 first = watch.noted(partial(generate, max_new_tokens=1))
-            whole: list[Seconds] = []
-            timed(partial(generate, max_new_tokens=LONG_ANSWER), whole)
+            whole = seconds_of(partial(generate, max_new_tokens=LONG_ANSWER))
             if turn:  # the first is there to warm up
-                for name, value in {**first, f"generate_{LONG_ANSWER}_s": whole[0].wall}.items():
+                for name, value in {**first, f"generate_{LONG_ANSWER}_s": whole.wall}.items():
                     values.setdefault(name, []).append(value)
     rows = []
     for knobs, values in zip(KNOBS, found, strict=True):
@@ -261,8 +247,7 @@ def tables(rows: Sequence[Row]) -> str:
     parts = []
     for table, columns in COLUMNS.items():
         chosen = [row for row in rows if row["table"] == table]
-        lines = [columns, ["---"] * len(columns), *([cell(name, row[name]) for name in columns] for row in chosen)]
-        parts.append("\n".join(f"| {' | '.join(entries)} |" for entries in lines))
+        parts.append(markdown(chosen, columns))
         if table == "dropping":
             seconds = [name for name in columns if name.endswith("_s")]
             few = [row for row in chosen if row["image_tokens"] < max(r["image_tokens"] for r in chosen)]
@@ -279,12 +264,6 @@ def line(rows: Sequence[Row], column: str) -> str:
         f"* up to {max(tokens):.0f} tokens: {column} = {start:.5f} + {slope:.7f} * image tokens, "
         f"at most {away:.0%} from a measured value"
     )
-
-
-def cell(column: str, value: Any) -> str:
-    if column.endswith("_s"):
-        return f"{value:.4f}"
-    return f"{value:.3f}" if column.startswith("ratio") else str(value)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from default_checkpoint.answer_scores import ask_about, prior_scores, score_answers
 from default_checkpoint.assemble import assemble
 from default_checkpoint.card import write_card
-from default_checkpoint.part_scores import score_segmenter
+from default_checkpoint.part_scores import SCORE_THRESHOLD, score_segmenter
 from default_checkpoint.probe_vision_tower import probe_vision_tower
 from default_checkpoint.publish import publish
 from default_checkpoint.resumable_training import write_scores
@@ -37,13 +37,10 @@ from mask_llava_hf import ObjectStore
 
 EXAMPLES = Path(__file__).parent
 
-# Below it boxes are more and more second ones around a shape; the scores of `train_detector` say how many.
-SCORE_THRESHOLD = 0.4
-
 EXAMPLE_SCENE = 189  # of the test split, one with five shapes that the checkpoint answers rightly about
 
 PARTS = ("vision_tower", "language_model", "detector", "segmenter")  # the longest first
-STAGES = (*PARTS, "probes", "start", "objects", "projector", "finetuned", "refined", "published")
+STAGES = (*PARTS, "probes", "start", "objects", "projector", "finetuned", "published")
 
 
 def main() -> None:
@@ -69,7 +66,7 @@ class Work:
     def __init__(self, folder: Path, output_dir: Path | None, quick: bool, seed: int, jobs: int) -> None:
         self.folder, self.quick, self.seed, self.jobs = folder, quick, seed, jobs
         self.output_dir = output_dir or folder / "published"
-        self.num_train, self.num_test, self.rounds = (48, 8, 1) if quick else (6000, 300, 6)
+        self.num_train, self.num_test, self.rounds = (48, 8, 1) if quick else (6000, 300, 24)
 
     def done(self, stage: str) -> bool:
         return self._scores_file(stage).exists()
@@ -103,7 +100,6 @@ class Work:
             "objects": self.precompute,
             "projector": self.train_projector,
             "finetuned": self.finetune,
-            "refined": self.refine,
             "published": self.publish,
         }
         scores = steps[stage]()
@@ -148,25 +144,13 @@ class Work:
         return learn_captions(self.folder / "start", self.folder / "projector", pictures, store, seed=self.seed)
 
     def finetune(self) -> dict[str, float]:
-        return self._learn_answers("projector", "finetuned", first_round=0)
-
-    def refine(self) -> dict[str, float]:
-        """The same again, with other questions and a learning rate that rises once more."""
-        return self._learn_answers("finetuned", "refined", first_round=self.rounds)
-
-    def _learn_answers(self, start: str, stage: str, first_round: int) -> dict[str, float]:
+        pictures, store = self.pictures("train"), self.store()
         return learn_answers(
-            self.folder / start,
-            self.folder / stage,
-            self.pictures("train"),
-            self.store(),
-            rounds=self.rounds,
-            first_round=first_round,
-            seed=self.seed,
+            self.folder / "projector", self.folder / "finetuned", pictures, store, rounds=self.rounds, seed=self.seed
         )
 
     def publish(self) -> dict[str, float]:
-        publish(self.folder / "refined", self.output_dir)
+        publish(self.folder / "finetuned", self.output_dir)
         make_scene("test", EXAMPLE_SCENE).draw().save(self.output_dir / "example.png")
         model = AutoModelForImageTextToText.from_pretrained(self.output_dir)
         processor = AutoProcessor.from_pretrained(self.output_dir)

@@ -73,7 +73,6 @@ _PARTS = {
     "language": ("language model", "Llama, width 160, 4 layers", "scenes told in words, and questions about them"),
     "projector": ("projector", "two layers", "captions; all else frozen"),
     "finetuned": ("projector and language model", "", "questions and answers; the tower frozen"),
-    "refined": ("the same once more", "", "other questions and answers about the same pictures"),
 }
 
 
@@ -94,7 +93,6 @@ def write_card(work_dir: Path, scores: dict[str, float], output_dir: Path) -> No
             "language": "language_model",
             "projector": "projector",
             "finetuned": "finetuned",
-            "refined": "refined",
         }.items()
     }
     probes = json.loads((work_dir / "vision_tower" / "probes.json").read_text())

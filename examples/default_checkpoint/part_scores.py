@@ -16,6 +16,7 @@ from .scene_pool import ScenePool
 
 
 MAX_BOXES = 20  # per picture
+SCORE_THRESHOLD = 0.4  # of the checkpoint: below it boxes are more and more second ones around a shape
 
 
 def score_detector(folder: str | PathLike[str], scenes: ScenePool) -> dict[str, float]:
@@ -23,12 +24,13 @@ def score_detector(folder: str | PathLike[str], scenes: ScenePool) -> dict[str, 
 
     Returns:
         "recall": part of the shapes that some box hits at IoU 0.5; "box_iou": mean IoU of those boxes;
-        "candidates": mean number with score 0.05 or more; "precision": part of those with score 0.4 or more that hit.
+        "candidates": mean number with score 0.05 or more; "precision": part of those that hit, from
+        `SCORE_THRESHOLD` on.
     """
     found = ObjectDetector.from_pretrained(folder).detect(_images(scenes), max_candidates=MAX_BOXES)
     hits = [match_boxes(objects.boxes_xyxy, boxes) for objects, boxes in zip(found, _boxes(scenes), strict=True)]
     ious = torch.cat([iou for _, iou in hits])
-    sure = torch.cat([objects.scores for objects in found]) >= 0.4
+    sure = torch.cat([objects.scores for objects in found]) >= SCORE_THRESHOLD
     return {
         "recall": (ious > 0).sum().item() / int(scenes.counts.sum()),
         "box_iou": ious.sum().item() / max(1, int((ious > 0).sum())),

@@ -98,7 +98,7 @@ def read_features(tower: CLIPVisionModel, image_processor: LlavaImageProcessor, 
         "mask_pooling": pool_masks(states[:, 1:], masks),
     }
     for rate in LEARNING_RATES:  # with one step more, since the loss is known before each
-        settings = MaskInversionSettings(iterations=ITERATIONS + 1, lr=rate, chunk_size=masks.shape[1])
+        settings = MaskInversionSettings(iterations=ITERATIONS + 1, lr=rate)
         inverted = invert_masks(tower, states, masks, settings, return_history=True)
         found[f"inverted {rate}"] = inverted.embeddings_history[:, ITERATIONS]
         found[f"dice {rate}"] = inverted.dice_history[:, [0, ITERATIONS]].transpose(1, 2)

@@ -1,7 +1,7 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Trains a small Llama on the small world in words alone, which becomes Mask-LLaVA's language model.
 
-About 25 minutes on one core. Killed and started again, it goes on. Run inside `examples/`:
+About ten minutes on one core. Killed and started again, it goes on. Run inside `examples/`:
 
     python -m default_checkpoint.train_language_model OUTPUT_FOLDER
 
@@ -22,7 +22,7 @@ from .resumable_training import run, train, training_parser, write_scores
 from .world_tokenizer import world_tokenizer
 
 
-STEPS = 4000
+STEPS = 1400
 
 
 def build_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:

@@ -38,11 +38,10 @@ def learn_answers(
     store: ObjectStore,
     *,
     rounds: int = 4,
-    first_round: int = 0,
     **options: Any,
 ) -> dict[str, float]:
     """Stage 2: projector and language model, on `rounds` conversations per picture. See `_train` for the options."""
-    dataset = Conversations(pictures, store, rounds=rounds, first_round=first_round)
+    dataset = Conversations(pictures, store, rounds=rounds)
     return _train(finetune_full, {**FINETUNE, **options}, start, output_dir, dataset)
 
 

@@ -56,7 +56,6 @@ class Conversations(Dataset):
         pictures: of the first scenes of the split.
         store: has their objects.
         rounds: conversations about each picture.
-        first_round: how many rounds an earlier training has had, so that this one asks other questions.
         questions: in each.
     """
 
@@ -66,17 +65,16 @@ class Conversations(Dataset):
         store: ObjectStore,
         split: str = "train",
         rounds: int = 4,
-        first_round: int = 0,
         questions: int = 8,
     ) -> None:
-        self.pictures, self.rounds, self.first_round, self.questions = pictures, rounds, first_round, questions
+        self.pictures, self.rounds, self.questions = pictures, rounds, questions
         self.scenes, self.objects = _scenes_and_objects(pictures, store, split)
 
     def __len__(self) -> int:
         return len(self.pictures) * self.rounds
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng((index + self.first_round * len(self.pictures), 3))
+        rng = np.random.default_rng((index, 3))
         picture = index % len(self.pictures)
         scene, objects = self.scenes[picture], self.objects[picture]
         turns = [(asked.text, asked.answer) for asked in ask_many(scene, rng, self.questions)]

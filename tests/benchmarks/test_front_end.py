@@ -62,7 +62,8 @@ def test_a_quick_run(tmp_path, monkeypatch, capsys):
         assert float(row["share_of_whole"]) < 1
     by_choice = {tuple(row[name] for name in ("masks_from", "score_threshold", "order", "cap")): row for row in quality}
     assert len(by_choice) == len(quality) == 2 + 4 * 4 * 2
-    assert float(by_choice["segmenter", "0.3", "box_iou", "2"]["boxes_decoded_per_image"]) == 2
-    assert float(by_choice["segmenter", "0.3", "mask_iou", "2"]["boxes_decoded_per_image"]) > 2
-    assert float(by_choice["segmenter", "0.3", "mask_iou", "20"]["shapes_covered"]) > 0.8
+    threshold = str(MaskLlavaProcessor.from_pretrained(DEFAULT_CHECKPOINT).object_settings["score_threshold"])
+    assert float(by_choice["segmenter", threshold, "box_iou", "2"]["boxes_decoded_per_image"]) == 2
+    assert float(by_choice["segmenter", threshold, "mask_iou", "2"]["boxes_decoded_per_image"]) > 2
+    assert float(by_choice["segmenter", threshold, "mask_iou", "20"]["shapes_covered"]) > 0.8
     assert "| whole |" in capsys.readouterr().out

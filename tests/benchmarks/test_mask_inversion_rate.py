@@ -5,7 +5,7 @@ import sys
 import mask_inversion_rate
 import pytest
 import torch
-from mask_inversion_rate import QUICK, count_flop, invert_masks_plainly, large_flop, make_masks, ratios
+from mask_inversion_rate import QUICK, flop_of, invert_masks_plainly, large_flop, make_masks, ratios
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -54,7 +54,7 @@ def test_flop(iterations):
 
     with FlopCounterMode(display=False) as counter:
         invert(iterations)
-    assert count_flop(invert, iterations) == counter.get_total_flops()
+    assert flop_of(invert, iterations) == counter.get_total_flops()
     with BFloat16Flop() as rounded:
         invert(iterations)
     assert large_flop(tower.config, 65, 2, 3, iterations) == rounded.count

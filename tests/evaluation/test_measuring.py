@@ -1,5 +1,6 @@
 import csv
 import os
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mask_llava_hf.evaluation.measuring import (
     anonymous_bytes,
     circumstances,
     in_process,
+    markdown,
     matrix_rate,
     measure,
     measure_pair,
@@ -30,9 +32,17 @@ def test_a_measured_function_is_called_as_often_as_told():
 
 def test_a_pair_takes_turns():
     calls = []
-    first, second, ratio = measure_pair(lambda: calls.append("a"), lambda: calls.append("b"), repeats=3)
+    turns = measure_pair(lambda: (calls.append("a"), time.sleep(0.02)), lambda: calls.append("b"), repeats=3)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
-    assert first > 0 and second > 0 and ratio > 0
+    assert len(turns) == 3
+    for first, second in turns:  # a sleep is wall time of the first alone, and no CPU time
+        assert first.wall >= 0.02 > first.cpu and second.wall < first.wall
+
+
+def test_tables_have_the_columns_of_all_rows():
+    rows = [{"a": 1, "b": 0.123456}, {"a": None, "c": "x"}]
+    assert markdown(rows).splitlines() == ["| a | b | c |", "| --- | --- | --- |", "| 1 | 0.1235 |  |", "|  |  | x |"]
+    assert markdown(rows, ["c", "a"]).splitlines()[2:] == ["|  | 1 |", "| x |  |"]
 
 
 def test_memory_that_is_held_for_a_moment_is_seen():

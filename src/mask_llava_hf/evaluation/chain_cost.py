@@ -27,7 +27,7 @@ from .chain_stages import (
     measure_stages,
 )
 from .measured_models import Models
-from .measuring import circumstances, in_process
+from .measuring import circumstances, in_process, markdown
 
 
 BUDGETS = (57, 42, 29, 15)  # tokens per image; the paper's
@@ -60,7 +60,7 @@ class Chain:
 
 
 def chains(models: Models, candidates: int = 50, budgets: Sequence[int] = BUDGETS) -> list[Chain]:
-    """LLaVA, and Mask-LLaVA at all budgets with the cheapest parts; other parts at the largest and the second budget.
+    """LLaVA, and Mask-LLaVA at all budgets with the usual parts; other parts at the first and the second budget.
 
     Args:
         candidates: boxes that are segmented before `order="mask_iou"` chooses among them; `"box_iou"` segments those
@@ -69,28 +69,23 @@ def chains(models: Models, candidates: int = 50, budgets: Sequence[int] = BUDGET
     vision = models.config().vision_config
     num_patches = (vision.image_size // vision.patch_size) ** 2
     result = [Chain(LLAVA, num_patches, each=_answer("llava", num_patches))]
-    # The cheapest come last in the published lists, the paper's own first
-    cheap = (models.detectors[-1], _cheap_segmenter(models), next(iter(EMBEDDINGS)))
+    usual = (*models.usual_parts, next(iter(EMBEDDINGS)))
     for budget in budgets:
         for place in ("processor", "model"):
             for order in ("mask_iou", "box_iou"):
-                result.append(_made_now(models, budget, order, candidates, *cheap, place))
+                result.append(_made_now(models, budget, order, candidates, *usual, place))
         result.append(Chain("stored", budget, each=_answer("mask-llava", budget)))
     other_parts = [
-        *((detector, *cheap[1:]) for detector in models.detectors[:-1]),
-        *((cheap[0], segmenter, cheap[2]) for segmenter in (*models.segmenters, NO_SEGMENTER) if segmenter != cheap[1]),
-        *((*cheap[:2], embedding) for embedding in list(EMBEDDINGS)[1:]),
+        *((detector, *usual[1:]) for detector in models.detectors if detector != usual[0]),
+        *((usual[0], segmenter, usual[2]) for segmenter in (*models.segmenters, NO_SEGMENTER) if segmenter != usual[1]),
+        *((*usual[:2], embedding) for embedding in list(EMBEDDINGS)[1:]),
     ]
     if len(models.detectors) > 1:
-        other_parts.append((models.detectors[0], models.segmenters[0], cheap[2]))  # the paper's
+        other_parts.append((models.detectors[0], models.segmenters[0], usual[2]))  # the paper's
     for parts in other_parts:
         result.append(_made_now(models, budgets[0], "mask_iou", candidates, *parts, "processor"))
         result.append(_made_now(models, budgets[min(1, len(budgets) - 1)], "box_iou", candidates, *parts, "processor"))
     return result
-
-
-def _cheap_segmenter(models: Models) -> str:
-    return "SAM 2.1 tiny" if "SAM 2.1 tiny" in models.segmenters else models.segmenters[-1]
 
 
 def _made_now(
@@ -136,9 +131,10 @@ def measure_chains(
         repeats: calls of a stage, of which the median counts; 1 for models of which one call takes long.
 
     Returns:
-        rows of stages, and rows of chains with their sums. "gflop_ratio" and "wall_ratio" compare everything before the
-        first token of the answer with LLaVA's; "break_even_questions" is how many questions about one image make up
-        for its objects, by wall time (by operations with `flops_only`), where LLaVA too encodes an image only once.
+        rows of stages, and rows of chains with their sums. "gflop_ratio", "wall_s_ratio" and "cpu_s_ratio" compare
+        everything before the first token of the answer with LLaVA's; "break_even_questions" is how many questions about
+        one image make up for its objects, by wall time (by operations with `flops_only`), where LLaVA too encodes an
+        image only once.
     """
     wanted = list(wanted)
     told = {"models": models.name, "dtype": str(models.dtype)[6:]}
@@ -200,17 +196,21 @@ def _compared(row: Row, llava: Row, units: Sequence[str]) -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     """Chains in Markdown: operations and seconds before the answer's first token, and how they compare with LLaVA's."""
-    timed = "wall_s: all" in rows[0]
-    heads = ["objects", "tokens", "detector", "segmenter", "embedding", "in", "TFLOP", "x LLaVA"]
-    heads += ["s", "x LLaVA", "CPU s", "with answer, s", "peak GB"] * timed + ["break-even questions"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * 6 + " ---: |" * (len(heads) - 6)]
+    lines = []
     for row in rows:
-        cells = [row[name] for name in ("chain", "tokens", "detector", "segmenter", "embedding", "inversion_in")]
-        cells += [f"{row['gflop: before the answer'] / 1e3:.3g}", f"{row['gflop_ratio']:.2f}"]
-        if timed:
-            cells += [f"{row['wall_s: before the answer']:.3g}", f"{row['wall_s_ratio']:.2f}"]
-            cells += [f"{row['cpu_s: before the answer']:.3g}", f"{row['wall_s: all']:.3g}", f"{row['peak_gb']:.2f}"]
-        worth = row["break_even_questions"]
-        cells.append("" if worth is None else f"{worth:.2f}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        line = {
+            "objects": row["chain"],
+            **{name: row[name] for name in ("tokens", "detector", "segmenter", "embedding", "inversion_in")},
+            "TFLOP": f"{row['gflop: before the answer'] / 1e3:.3g}",
+            "of LLaVA's": f"{row['gflop_ratio']:.2f}",
+        }
+        if "wall_s: all" in row:
+            line |= {
+                "seconds": f"{row['wall_s: before the answer']:.3g}",
+                "of LLaVA's seconds": f"{row['wall_s_ratio']:.2f}",
+                "CPU seconds": f"{row['cpu_s: before the answer']:.3g}",
+                "seconds with answer": f"{row['wall_s: all']:.3g}",
+                "peak GB": f"{row['peak_gb']:.2f}",
+            }
+        lines.append({**line, "break-even questions": row["break_even_questions"]})
+    return markdown(lines)

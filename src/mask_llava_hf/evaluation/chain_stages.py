@@ -1,11 +1,12 @@
 # Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """The stages of answering one question about one image, each as a call that can be timed and counted."""
 
+import copy
 import io
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 from ..modeling.object_embedding import LAST_BLOCK_INPUT, embed_masks
 from ..modeling.token_composition import compose_tokens
 from ..modeling.token_layout import TokenLayout
+from ..processing.object_pipeline import boxes_to_masks
 from ..processing.objects.detectors import ObjectDetector
 from ..processing.objects.segmenters import default_batch_sizes
 from .flop_counts import count_flops
@@ -35,15 +37,21 @@ STAGES = (READ, DETECTOR, ENCODER, DECODER, TOWER, INVERSION, COMPOSITION, PREFI
 
 PICTURE_HW = (480, 640)  # COCO's usual size
 
-# Ways to embed a mask: changes of the checkpoint's own configuration.
-EMBEDDINGS: dict[str, dict[str, Any]] = {
-    "MaskInversion, 10 iterations": {"object_embedding": "mask_inversion", "iterations": 10},
-    "MaskInversion, 5 iterations": {"object_embedding": "mask_inversion", "iterations": 5},
-    "mask pooling": {"object_embedding": "mask_pooling"},
-}
-
-
 NOT_ON_META = ("Deformable DETR R50",)  # it makes tensors on the CPU along its way
+
+
+class Embedding(NamedTuple):
+    """A way to embed a mask: `object_embedding` of `MaskLlavaConfig`, and the iterations of MaskInversion."""
+
+    method: Literal["mask_inversion", "mask_pooling"]
+    iterations: int = 1
+
+
+EMBEDDINGS = {
+    "MaskInversion, 10 iterations": Embedding("mask_inversion", 10),
+    "MaskInversion, 5 iterations": Embedding("mask_inversion", 5),
+    "mask pooling": Embedding("mask_pooling"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,11 @@ class Questions:
     answer_tokens: int = 64
 
 
+@torch.inference_mode()
 def measure_stages(
     models: Models, stages: Iterable[Stage], questions: Questions, threads: int | None, flops_only: bool, repeats: int
 ) -> list[dict[str, Any]]:
-    """Counts and times stages that share a model, which is loaded once. To be called in a process of its own.
+    """Counts and times stages that share models, which are loaded once. To be called in a process of its own.
 
     Returns:
         a row per stage: "gflop", and unless `flops_only` "wall_s", "cpu_s" (medians) and "peak_gb", the most memory of
@@ -92,23 +101,19 @@ def measure_stages(
         return rows
     for row, stage in zip(rows, stages, strict=True):
         run = bench.build(stage)
-        with torch.inference_mode():
-            held = anonymous_bytes() - before
-            measured = measure(run, repeats, warm_up=stage.name not in (PREFILL, DECODE) or repeats > 1)
+        held = anonymous_bytes() - before
+        # A pass of a large language model takes long, and the stages before it have warmed it up
+        measured = measure(run, repeats, warm_up=stage.name not in (PREFILL, DECODE) or repeats > 1)
         row["wall_s"], row["cpu_s"] = round(measured.wall_s, 5), round(measured.cpu_s, 5)
         row["peak_gb"] = round((held + measured.peak_bytes) / 1e9, 3)
     return rows
 
 
-def group_of(stage: Stage) -> tuple[str, str]:
-    """Stages of one group share a model."""
-    if stage.name in (DETECTOR, ENCODER, DECODER):
-        return ("segmenter" if stage.name != DETECTOR else DETECTOR, stage.part)
-    if stage.name == READ and stage.part not in ("file", "tower"):
-        return (READ, stage.part)
-    if stage.name in (PREFILL, DECODE):
-        return ("language model", "")
-    return ("vision", "")
+def group_of(stage: Stage) -> str:
+    """What a stage loads: a detector or segmenter, by its name, the language model, or what is around the tower."""
+    if stage.name in (DETECTOR, ENCODER, DECODER) or (stage.name == READ and stage.part not in ("file", "tower")):
+        return stage.part
+    return "language model" if stage.name in (PREFILL, DECODE) else "vision"
 
 
 class _Bench:
@@ -138,7 +143,7 @@ class _Bench:
     def gflop(self, stage: Stage) -> float:
         if stage.name == READ:
             return 0.0
-        if stage.name == INVERSION and "iterations" in EMBEDDINGS[stage.part]:
+        if stage.name == INVERSION and EMBEDDINGS[stage.part].method == "mask_inversion":
             return self._inversion_gflop(stage)
         if stage.name == DECODE:
             return self._decode_gflop(stage)
@@ -157,7 +162,7 @@ class _Bench:
         def count(masks: int, iterations: int) -> int:
             return count_flops(self._invert(replace(stage, count=masks), iterations))
 
-        once, iterations = count(1, 1), EMBEDDINGS[stage.part]["iterations"]
+        once, iterations = count(1, 1), EMBEDDINGS[stage.part].iterations
         per_mask, per_iteration = count(2, 1) - once, count(1, 2) - once
         return (once + (stage.count - 1) * per_mask + (iterations - 1) * stage.count * per_iteration) / 1e9
 
@@ -177,14 +182,13 @@ class _Bench:
             return lambda: Image.open(io.BytesIO(file.getvalue())).convert("RGB")
         if stage.part == "tower":
             image_processor = self._vision().image_processor
-        elif stage.part in self.models.detectors:
-            image_processor = self.models.detector(stage.part, "meta" if self.models.on_meta else "cpu")[1]
         else:
-            image_processor = self.models.segmenter(stage.part, "meta" if self.models.on_meta else "cpu")[1]
-        return lambda: image_processor(images=picture(), return_tensors="pt")
+            _, image_processor = self._part(stage.part)
+        image = picture()
+        return lambda: image_processor(images=image, return_tensors="pt")
 
     def _detect(self, stage: Stage) -> Callable[[], object]:
-        model, image_processor = self._load(stage.part, lambda: self.models.detector(stage.part, self.device))
+        model, image_processor = self._part(stage.part)
         model = ObjectDetector(model, image_processor).model  # with its memory format
         inputs = image_processor(images=picture(), return_tensors="pt")
         arguments = {name: value.to(self.device) for name, value in inputs.items()}
@@ -192,17 +196,16 @@ class _Bench:
         return lambda: model(**arguments)
 
     def _encode(self, stage: Stage) -> Callable[[], object]:
-        model, image_processor = self._segmenter(stage.part)
+        model, image_processor = self._part(stage.part)
         pixels = image_processor(images=picture(), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.device, self.models.dtype)
         return lambda: model.get_image_embeddings(pixels)
 
     def _decode_masks(self, stage: Stage) -> Callable[[], object]:
         """From the encoded image to masks of the original size."""
-        model, image_processor = self._segmenter(stage.part)
+        model, image_processor = self._part(stage.part)
         inputs = image_processor(images=picture(), return_tensors="pt")
-        with torch.inference_mode():
-            embeddings = model.get_image_embeddings(inputs["pixel_values"].to(self.device, self.models.dtype))
+        embeddings = model.get_image_embeddings(inputs["pixel_values"].to(self.device, self.models.dtype))
         sizes = {"reshaped_input_sizes": inputs["reshaped_input_sizes"]} if "reshaped_input_sizes" in inputs else {}
         frame = torch.tensor(inputs["pixel_values"].shape[-2:]).flip(0).repeat(2)
         boxes = (random_boxes(stage.count) * frame).to(self.device)
@@ -216,8 +219,10 @@ class _Bench:
 
         return run
 
-    def _segmenter(self, name: str) -> tuple[Any, Any]:
-        return self._load(name, lambda: self.models.segmenter(name, self.device))
+    def _part(self, name: str) -> tuple[Any, Any]:
+        """A detector or segmenter, and its image processor."""
+        load = self.models.detector if name in self.models.detectors else self.models.segmenter
+        return self._load(name, lambda: load(name, self.device))
 
     # --------------------------------------------------------------------------------------------------- the image
     def _vision(self) -> Any:
@@ -230,12 +235,11 @@ class _Bench:
         return lambda: tower(pixels, output_hidden_states=layers, return_dict=True)
 
     def _invert(self, stage: Stage, iterations: int | None = None) -> Callable[[], object]:
-        changes = dict(EMBEDDINGS[stage.part])
-        settings = {**(self.config.mask_inversion or {}), "iterations": iterations or changes.pop("iterations", 1)}
-        changes.pop("iterations", None)
-        config = type(self.config).from_dict({**self.config.to_dict(), **changes, "mask_inversion": settings})
-        side, layer = self.config.vision_config.image_size, self.config.vision_feature_layer
-        masks = boxes_as_masks(random_boxes(stage.count), side)[None]
+        config, embedding = copy.deepcopy(self.config), EMBEDDINGS[stage.part]
+        config.object_embedding = embedding.method
+        config.mask_inversion = {**(config.mask_inversion or {}), "iterations": iterations or embedding.iterations}
+        side, layer = config.vision_config.image_size, config.vision_feature_layer
+        masks = boxes_to_masks(side * random_boxes(stage.count), (side, side))[None]
         tower, hidden = self._vision().tower, self._features()
         states = {LAST_BLOCK_INPUT: hidden, layer: hidden}
         return lambda: embed_masks(tower, states, masks, config, layer)
@@ -271,8 +275,7 @@ class _Bench:
         """Token by token after a prefill that is done before; the cache is cut back for the next call."""
         model, prompt = self._prompt(stage)
         cache = DynamicCache(config=self.config.text_config)
-        with torch.inference_mode():
-            model(inputs_embeds=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(inputs_embeds=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token, num_tokens = prompt[:, -1:], num_tokens or self.questions.answer_tokens
 
         def run() -> None:
@@ -290,21 +293,14 @@ def picture() -> Image.Image:
 
 
 def random_boxes(count: int) -> torch.Tensor:
-    """(count, 4) float32 left, top, right, bottom in units of the picture, the same each time."""
+    """(count, 4) float32 left, top, right, bottom, relative to the picture's width and height; the same each time."""
     generator = torch.Generator().manual_seed(0)
     middle = 0.2 + 0.6 * torch.rand(count, 2, generator=generator)
     half = 0.05 + 0.15 * torch.rand(count, 2, generator=generator)
     return torch.cat([middle - half, middle + half], dim=1)
 
 
-def boxes_as_masks(boxes: torch.Tensor, side: int) -> torch.Tensor:
-    """(n, side, side) bool from boxes (n, 4) in units of the picture."""
-    pixels = (torch.arange(side) + 0.5) / side
-    inside = [(pixels >= boxes[:, axis, None]) & (pixels < boxes[:, axis + 2, None]) for axis in (0, 1)]
-    return inside[1][:, :, None] & inside[0][:, None, :]
-
-
 def grouped(stages: Iterable[Stage]) -> list[list[Stage]]:
-    """Different stages in groups that share a model, in the order of `STAGES`."""
+    """Different stages in groups that share models; inside a group in the order of `STAGES`."""
     wanted = sorted(dict.fromkeys(stages), key=lambda stage: (group_of(stage), STAGES.index(stage.name), stage.count))
     return [list(group) for _, group in itertools.groupby(wanted, key=group_of)]

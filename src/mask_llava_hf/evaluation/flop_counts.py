@@ -23,6 +23,6 @@ def count_flops(function: Callable[[], object]) -> int:
     Not counted: norms, activations, softmax, resizing, and other operations on single elements, some percent of the
     time of these models.
     """
-    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
         function()
     return counter.get_total_flops()

@@ -61,6 +61,11 @@ class Models(Protocol):
         ...
 
     @property
+    def usual_parts(self) -> tuple[str, str]:
+        """The detector and the segmenter of most chains; the others are tried in their place."""
+        ...
+
+    @property
     def on_meta(self) -> bool:
         """Whether models can be built without weights, to count operations."""
         ...
@@ -94,6 +99,7 @@ class PublishedShapes:
     name: str = "LLaVA-1.5-7B"
     detectors: tuple[str, ...] = tuple(DETECTORS)
     segmenters: tuple[str, ...] = tuple(SEGMENTERS)
+    usual_parts: tuple[str, str] = ("RT-DETR R18", "SAM 2.1 tiny")
     on_meta: bool = True
 
     def config(self) -> MaskLlavaConfig:
@@ -141,12 +147,13 @@ def fill_at_random(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint of Mask-LLaVA with the detector and segmenter that its processor names. See `Models`."""
+    """A checkpoint of Mask-LLaVA with the detector and segmenter that its processor names, on the CPU. See `Models`."""
 
     source: str
     dtype: torch.dtype = torch.float32
     detectors: tuple[str, ...] = ("its detector",)
     segmenters: tuple[str, ...] = ("its segmenter",)
+    usual_parts: tuple[str, str] = ("its detector", "its segmenter")
     on_meta: bool = False
 
     @property

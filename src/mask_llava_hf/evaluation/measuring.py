@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -24,6 +24,13 @@ from ..processing.object_store import write_whole
 
 
 Result = TypeVar("Result")
+
+
+class Seconds(NamedTuple):
+    """Wall time, and CPU time of all threads, which other programs disturb less."""
+
+    wall: float
+    cpu: float
 
 
 @dataclass(frozen=True)
@@ -51,35 +58,38 @@ def measure(function: Callable[[], object], repeats: int = 1, warm_up: bool = Tr
     """
     if warm_up:
         function()
-    wall, cpu = [], []
     give_memory_back()
     before = anonymous_bytes()
     with PeakMemory() as memory:
-        for _ in range(repeats):
-            started, cpu_started = time.perf_counter(), time.process_time()
-            function()
-            wall.append(time.perf_counter() - started)
-            cpu.append(time.process_time() - cpu_started)
-    return Measured(statistics.median(wall), statistics.median(cpu), max(0, memory.peak_bytes - before))
+        calls = [seconds_of(function) for _ in range(repeats)]
+    wall, cpu = (statistics.median(column) for column in zip(*calls, strict=True))
+    return Measured(wall, cpu, max(0, memory.peak_bytes - before))
 
 
 def measure_pair(
     first: Callable[[], object], second: Callable[[], object], repeats: int = 5
-) -> tuple[float, float, float]:
-    """Times two functions in turns, so that a busy moment of the machine meets both.
+) -> list[tuple[Seconds, Seconds]]:
+    """Times two functions in turns, so that a busy moment of the machine meets both; who comes first alternates.
 
     Returns:
-        median seconds of each, and the median over the turns of first / second.
+        seconds of `first` and of `second` for each of `repeats` turns; one more before them does not count.
     """
     first(), second()
-    seconds: tuple[list[float], list[float]] = ([], [])
+    turns = []
     for turn in range(repeats):
-        for which in ((0, 1), (1, 0))[turn % 2]:
-            started = time.perf_counter()
-            (first, second)[which]()
-            seconds[which].append(time.perf_counter() - started)
-    ratio = statistics.median(one / other for one, other in zip(*seconds, strict=True))
-    return statistics.median(seconds[0]), statistics.median(seconds[1]), ratio
+        if turn % 2:
+            of_second = seconds_of(second)
+            turns.append((seconds_of(first), of_second))
+        else:
+            turns.append((seconds_of(first), seconds_of(second)))
+    return turns
+
+
+def seconds_of(function: Callable[[], object]) -> Seconds:
+    """Time of one call."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    function()
+    return Seconds(time.perf_counter() - started, time.process_time() - cpu_started)
 
 
 class PeakMemory:
@@ -114,7 +124,8 @@ def anonymous_bytes() -> int:
         with open("/proc/self/status", encoding="ascii") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resident if sys.platform == "darwin" else resident * 1024
 
 
 def matrix_rate(dtype: torch.dtype, size: int = 2048, seconds: float = 1.0) -> float:
@@ -163,3 +174,14 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """A table with the columns of all rows, or those named; floats have four digits, None is an empty cell."""
+    columns = list(columns or {name: None for row in rows for name in row})
+
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
