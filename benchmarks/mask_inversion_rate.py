@@ -150,13 +150,15 @@ def flop_of(call: Callable[[int], object], iterations: int) -> int:
     return first + (iterations - 1) * (second - first)
 
 
-def large_flop(config: CLIPVisionConfig, num_tokens: int, num_images: int, num_masks: int, iterations: int) -> int:
-    """The part of the FLOP that is in products with the (M, C) matrix, which bfloat16 rounds.
+def bfloat16_flop(config: CLIPVisionConfig, num_tokens: int, num_images: int, num_masks: int, iterations: int) -> int:
+    """The part of the FLOP that is in products which bfloat16 rounds.
 
-    There are two per mask and iteration; in the first iteration one of them is the same for all masks of an image.
+    Per mask and iteration there are two with the (M, C) matrix, of which in the first iteration one is the same for all
+    masks of an image, and one with the signs of the attention gradients.
     """
-    products = num_images * (2 * num_masks * iterations - (num_masks - 1))
-    return products * 2 * num_tokens * config.intermediate_size * config.hidden_size
+    with_matrix = num_images * (2 * num_masks * iterations - (num_masks - 1)) * config.intermediate_size
+    with_signs = num_images * num_masks * iterations * (num_tokens - 1)
+    return 2 * num_tokens * config.hidden_size * (with_matrix + with_signs)
 
 
 def shape_rate(dtype: torch.dtype, num_rows: int, width: int, mlp_width: int, seconds: float) -> float:
@@ -184,7 +186,7 @@ def closed_form(
         found[:] = [invert_masks(tower, states, masks, replace(settings, iterations=iterations))]
 
     flop = flop_of(invert, settings.iterations)  # which warms up, too
-    large = large_flop(config, num_tokens, *masks.shape[:2], settings.iterations)
+    rounded = bfloat16_flop(config, num_tokens, *masks.shape[:2], settings.iterations)
     at_once, _ = masks_at_once(states.device, dtype, num_tokens, width, mlp_width, config.num_attention_heads)
     rate, float32_rate = matrix_rate(dtype, **matrix), matrix_rate(torch.float32, **matrix)
     at_shapes = shape_rate(dtype, min(at_once, masks.shape[1]) * num_tokens, width, mlp_width, matrix["seconds"])
@@ -195,9 +197,9 @@ def closed_form(
         "compute_dtype": settings.compute_dtype,
         **told(*masks.shape[:2], settings.iterations, flop, cost),
         "matrix_gflop_per_s": rate / 1e9,
-        "percent": 100 * (large / rate + (flop - large) / float32_rate) / cost.wall_s,
+        "percent": 100 * (rounded / rate + (flop - rounded) / float32_rate) / cost.wall_s,
         "shape_gflop_per_s": at_shapes / 1e9,
-        "percent_at_shapes": 100 * (large / at_shapes + (flop - large) / float32_rate) / cost.wall_s,
+        "percent_at_shapes": 100 * (rounded / at_shapes + (flop - rounded) / float32_rate) / cost.wall_s,
     }
     return row, found[0]
 

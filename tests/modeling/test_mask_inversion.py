@@ -285,7 +285,7 @@ def test_masks_at_once_on_a_cpu(sizes, dtype, expected):
     [
         ("mps", 0, 0, torch.float32, 28),
         ("cuda", 8e9, 0, torch.float32, 28),
-        ("cuda", 8e9, 0, torch.bfloat16, 25),
+        ("cuda", 8e9, 0, torch.bfloat16, 20),
         ("cuda", 1e9, 1e9, torch.float32, 14),
         ("cuda", 1e6, 0, torch.float32, 1),
     ],
@@ -308,7 +308,8 @@ def test_workspace_takes_the_memory_it_is_given(tower, num_masks, chunk_size, dt
     assert workspace.chunk_size == (chunk_size or min(num_masks, 7 if dtype == torch.bfloat16 else 6))
     assert workspace.group_size == 2 and workspace.attention.nbytes <= 30_000
     if chunk_size is None:
-        assert sum(sizes.values()) - workspace.scratch.nbytes - workspace.attention.nbytes <= 60_000
+        of_groups = {id(buffer) for buffer in (workspace.scratch, workspace.attention, workspace.positive)}
+        assert sum(size for buffer, size in sizes.items() if buffer not in of_groups) <= 60_000
 
 
 class HostWaits(TorchDispatchMode):

@@ -46,7 +46,8 @@ class MaskInversionSettings:
             on an accelerator), not the result. None takes what fits into 64 MB on a CPU, and into 1 GB (or a quarter
             of what is free) on an accelerator: for that tower 5 and 28, for small ones all masks.
         compute_dtype: `"float32"`; `"bfloat16"` does the two largest products in bfloat16 (the part of them that all
-            tokens share, and everything else, stays float32). Losses then move by a few thousandths, rarely more:
+            tokens share stays float32), and the one that takes relevance back to the attention's output; everything
+            else stays float32. Losses then move by a few thousandths, rarely more:
             where another pixel becomes a map's extreme, the path forks, as it does from any rounding. `"auto"` takes
             bfloat16 where the tower's weights are 16-bit and the device computes in bfloat16, else float32.
         reduction: `"sum"` makes the result of a mask independent of the other masks, so that it can be cached and

@@ -297,13 +297,13 @@ def masks_at_once(
     few and large launches, both are the same and take at most 1 GB, or a quarter of the memory that is free. One mask
     is the least, whatever it takes; a `chunk_size` that is given stays.
     """
-    rounded_width = 0 if compute_dtype == torch.float32 else width
-    in_chunk = 4 * width + compute_dtype.itemsize * (mlp_width + rounded_width)
+    rounded_bytes = 0 if compute_dtype == torch.float32 else compute_dtype.itemsize
+    in_chunk = (4 + rounded_bytes) * width + compute_dtype.itemsize * mlp_width
     in_group = 4 * num_heads * (num_tokens - 1)
     if device.type == "cpu":
         chunk_size = chunk_size or max(1, _CPU_BYTES // (num_tokens * in_chunk))
         return chunk_size, min(chunk_size, max(1, _CACHE_BYTES // (num_tokens * in_group)))
-    in_group += 4 * _scratch_width(compute_dtype, width, mlp_width)
+    in_group += rounded_bytes * num_heads * (num_tokens - 1) + 4 * _scratch_width(compute_dtype, width, mlp_width)
     chunk_size = chunk_size or max(1, _accelerator_bytes(device) // (num_tokens * (in_chunk + in_group)))
     return chunk_size, chunk_size
 
@@ -347,6 +347,10 @@ class Workspace:
             self.rounded_tokens = buffer(chunk_size, num_tokens, width, dtype=dtype)
         self.scratch = buffer(group_size, num_tokens, _scratch_width(dtype, width, mlp_width))
         self.attention = buffer(group_size, block.num_heads, num_tokens, num_tokens - 1)
+        # 1 where attention gradients are positive, else 0: whole numbers, which no dtype rounds.
+        self.positive = self.attention
+        if dtype != torch.float32:
+            self.positive = buffer(*self.attention.shape, dtype=dtype)
 
     def groups(self, count: int) -> Iterator[slice]:
         for start in range(0, count, self.group_size):
@@ -446,18 +450,22 @@ class LinearisedImage:
 
         Returns:
             (n, K) relevance: gradient at the attention weights clamped at 0, mean over heads and all T queries;
-            (n, H, T, K) 1.0 or 0.0, a view of `workspace.attention`, valid until the next call.
+            (n, H, T, K) 1 or 0 in the dtype of the large products, a view of `workspace.positive`, valid until the
+            next call.
         """
         by_head = output_gradients.unflatten(-1, (self.block.num_heads, -1)).transpose(1, 2)  # (n, H, T, d)
-        attention = self.workspace.attention[: len(by_head)]
+        attention, positive = (buffer[: len(by_head)] for buffer in (self.workspace.attention, self.workspace.positive))
+        # In float32 always: in bfloat16 gradients near zero would change their signs
         torch.matmul(by_head, self.value.transpose(1, 2), out=attention)
         relevance = attention.clamp_(min=0).sum(dim=(1, 2)) / (self.block.num_heads * self.num_tokens)
-        return relevance, attention.sign_()
+        attention.sign_()
+        return relevance, attention if positive.dtype == attention.dtype else positive.copy_(attention)
 
     def output_gradient_cotangents(self, positive: Tensor, relevance_gradients: Tensor, out: Tensor) -> None:
         """Transpose of `relevance`: (1 or n, H, T, K) and (n, K) -> `out` (n, T, C)."""
         weighted = self.value * relevance_gradients[:, None, :, None]  # (n, H, K, d)
-        weighted /= self.block.num_heads * self.num_tokens
+        # What follows from it is rounded for a large product anyway
+        weighted = weighted.div_(self.block.num_heads * self.num_tokens).to(positive.dtype)
         by_head = out.unflatten(-1, (self.block.num_heads, -1)).transpose(1, 2)  # (n, H, T, d)
         if len(positive) == len(out):
             by_head.copy_(torch.matmul(positive, weighted))
