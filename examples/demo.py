@@ -9,7 +9,6 @@ often. It needs no network and takes seconds on a CPU.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers.utils import logging
 
 from mask_llava_hf import DEFAULT_CHECKPOINT
 from mask_llava_hf.plotting import draw_objects
+from mask_llava_hf.processing.object_store import write_whole
 
 
 KINDS_OF_QUESTIONS = ("count", "count attribute", "color", "shape", "size", "existence", "relation")
@@ -64,13 +64,6 @@ def questions_about(scene: Scene) -> dict[str, str]:
 def timed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, float]:
     start = time.perf_counter()
     return step(*args, **kwargs), time.perf_counter() - start
-
-
-def save_whole(picture: Image.Image, path: Path) -> None:
-    """Never leaves half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
 
 
 @torch.inference_mode()
@@ -122,7 +115,8 @@ def run(options: argparse.Namespace) -> None:
         new = output[:, inputs["input_ids"].shape[1] :]
         answers[cap] = [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
         print(f"{cap:7d}  {cls:3d}  {patches:7d}  {cls + patches + cap:12d}  {lengths[0]:7d}  {seconds:13.3f}")
-        save_whole(draw_objects(image, objects, keep=cap), options.output / f"objects_{cap}.png")
+        drawn = draw_objects(image, objects, keep=cap)
+        write_whole(options.output / f"objects_{cap}.png", lambda file, drawn=drawn: drawn.save(file, format="PNG"))
 
     width = max(map(len, questions))
     heads = "  ".join(f"{f'{cap} objects':>12}" for cap in answers)

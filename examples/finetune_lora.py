@@ -24,14 +24,31 @@ LANGUAGE_MODEL_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_
 
 
 @dataclass
-class LoraArguments(recipe.LlavaTrainingArguments):
+class AdapterArguments:
+    """LLaVA-1.5's published settings of the adapter."""
+
+    lora_r: int = field(default=128, metadata={"help": "rank of the updates"})
+    lora_alpha: int = field(default=256, metadata={"help": "the updates are scaled by lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the input of the updates"})
+
+    def lora_config(self) -> LoraConfig:
+        """Updates of the language model, and the projector as a whole."""
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=LANGUAGE_MODEL_LAYERS,
+            modules_to_save=["multi_modal_projector"],
+            task_type="CAUSAL_LM",
+        )
+
+
+@dataclass
+class LoraArguments(AdapterArguments, recipe.LlavaTrainingArguments):
     """LLaVA-1.5's published settings of stage 2 with LoRA."""
 
     learning_rate: float = 2e-4
     projector_learning_rate: float = field(default=2e-5, metadata={"help": "of the projector, which is trained whole"})
-    lora_r: int = field(default=128, metadata={"help": "rank of the updates"})
-    lora_alpha: int = field(default=256, metadata={"help": "the updates are scaled by lora_alpha / lora_r"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the input of the updates"})
     per_device_train_batch_size: int = 16
     global_batch_size: int | None = 128
 
@@ -64,18 +81,10 @@ def train(
         dataset: with `messages` and `images`, as `load_conversations` gives it; rows without images may be among them.
         collator_options: of `MaskLlavaCollator`, such as `object_store` and `object_dropout`.
     """
-    lora = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=LANGUAGE_MODEL_LAYERS,
-        modules_to_save=["multi_modal_projector"],
-        task_type="CAUSAL_LM",
-    )
     recipe.train_only(model)
     model.model.multi_modal_projector.float()
     collator = MaskLlavaCollator(processor, **{"seed": args.seed, **collator_options})
-    return recipe.run(get_peft_model(model, lora), dataset, args, collator, TwoRatesTrainer)
+    return recipe.run(get_peft_model(model, args.lora_config()), dataset, args, collator, TwoRatesTrainer)
 
 
 def merge(checkpoint: str, adapter: str, processor: MaskLlavaProcessor, folder: str) -> None:

@@ -1,3 +1,4 @@
+# Copyright 2026 The mask-llava-hf authors. Licensed under the Apache License, Version 2.0.
 """Makes the objects of a folder of images on a cluster: `mask-llava precompute` as a step of Ray Data.
 
 Every actor fills the same store, so all machines must see its folder. Started again, it makes only what is missing.

@@ -29,7 +29,9 @@ class DataArguments:
 
     checkpoint: str = field(metadata={"help": "Mask-LLaVA checkpoint to start from: a folder or a Hub id"})
     data: str = field(
-        metadata={"help": "LLaVA's JSON file, or a dataset with `messages` and `images`: a folder or a Hub id"}
+        metadata={
+            "help": "LLaVA's JSON file, or a dataset with `messages` and `images`: a folder, a Parquet file or a Hub id"
+        }
     )
     image_folder: str | None = field(
         default=None, metadata={"help": "what paths of images start from; default: the folder of the JSON file"}
@@ -76,7 +78,6 @@ class LlavaTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "True or False: mixed precision; default: where there is a GPU that has it"}
     )
     dataloader_num_workers: int = 4
-    save_steps: float = 500
     save_total_limit: int | None = 1
     logging_steps: float = 10
     # Every trained weight gets a gradient from every batch, also from one without images
@@ -136,7 +137,8 @@ def run(
     **trainer_options: Any,
 ) -> Trainer:
     """Trains what is not frozen, from the start or from an earlier run's checkpoint."""
-    if args.train_sampling_strategy == "group_by_length" and args.length_column_name not in dataset.column_names:
+    by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+    if by_length and args.length_column_name not in dataset.column_names:
         lengths = dataset.map(_count_characters, input_columns="messages", remove_columns=dataset.column_names)
         dataset = dataset.add_column(args.length_column_name, lengths["length"])
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":

@@ -8,29 +8,29 @@ TRL's own collator would also learn to write image tokens, and drops columns wit
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import recipe
 from datasets import Dataset
-from finetune_lora import LANGUAGE_MODEL_LAYERS, merge
-from peft import LoraConfig
+from finetune_lora import AdapterArguments, merge
 from trl import SFTConfig, SFTTrainer
 
 from mask_llava_hf import MaskLlavaCollator, MaskLlavaForConditionalGeneration, MaskLlavaProcessor
 
 
 @dataclass
-class TrlArguments(SFTConfig):
-    """LLaVA-1.5's published settings where TRL has others; adapter and projector share one rate."""
+class TrlArguments(AdapterArguments, SFTConfig):
+    """LLaVA-1.5's published settings where TRL has others; adapter and projector share one rate.
+
+    The batch is for the command line to set: LLaVA's has 128 samples, over all devices and accumulation steps.
+    """
 
     learning_rate: float = 2e-4
     num_train_epochs: float = 1.0
     warmup_steps: float = 0.03
     lr_scheduler_type: str = "cosine"
     max_length: int | None = 2048
-    lora_r: int = field(default=128, metadata={"help": "rank of the updates"})
-    lora_alpha: int = field(default=256, metadata={"help": "the updates are scaled by lora_alpha / lora_r"})
 
 
 def train(
@@ -41,17 +41,12 @@ def train(
     **collator_options: Any,
 ) -> SFTTrainer:
     """Wraps the model with an adapter and trains that; `trainer.model` is the `PeftModel`."""
-    lora = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        target_modules=LANGUAGE_MODEL_LAYERS,
-        modules_to_save=["multi_modal_projector"],
-        task_type="CAUSAL_LM",
-    )
     recipe.train_only(model)
     model.model.multi_modal_projector.float()
     collator = MaskLlavaCollator(processor, **{"seed": args.seed, **collator_options})
-    return recipe.run(model, dataset, args, collator, SFTTrainer, processing_class=processor, peft_config=lora)
+    return recipe.run(
+        model, dataset, args, collator, SFTTrainer, processing_class=processor, peft_config=args.lora_config()
+    )
 
 
 def main() -> None:

@@ -151,7 +151,7 @@ def test_other_weights_and_precisions_are_named(processor, checkpoint):
 
 
 # ----------------------------------------------------------------------------------------- what cannot be read or done
-def test_unreadable_images_are_skipped_by_name_and_tried_again(processor, image_folder, tmp_path, caplog):
+def test_unreadable_images_are_skipped_by_name_and_tried_again(processor, image_folder, tmp_path):
     whole = (image_folder / "0.png").read_bytes()
     (image_folder / "0.png").write_bytes(whole[: len(whole) // 2])
     (image_folder / "2.png").write_text("no image")
@@ -411,7 +411,7 @@ def test_sources_are_opened_by_their_name(image_folder, tmp_path):
     for source, split in (("saved", "train"), ("splits", "test"), ("a.parquet", "train")):
         [(name, _)] = _share(open_images(str(tmp_path / source), split=split), 0, 1)[0]
         assert name.startswith("row 0")
-    with pytest.raises(ValueError, match=r"has the splits \['test'\], but not 'train'"):
+    with pytest.raises(ValueError, match=r"has the splits \['test'\], but `split` is 'train'"):
         open_images(str(tmp_path / "splits"))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoProcessor
 
 from .processing.processing_mask_llava import MaskLlavaProcessor
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mask-llava: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:  # the last: a config's checks
         if options.debug:
             raise
         print(f"mask-llava: error: {error}", *getattr(error, "__notes__", ()), file=sys.stderr)
@@ -73,7 +74,7 @@ def _add_precompute(commands: Any) -> None:
         "--batch-size",
         type=int,
         default=8,
-        help="images that the models get at once, fewer for large photographs; default: 8",
+        help="images that the models get at once, fewer for large photographs; default: %(default)s",
     )
     parser.add_argument("--device", help="where the models run; default: the accelerator, if there is one")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the models; default: each as it was saved")
@@ -136,7 +137,11 @@ def _add_convert(commands: Any) -> None:
         "default: what SOURCE is",
     )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; default: as the source's language model")
-    parser.add_argument("--chat-template", choices=["vicuna-v1", "plain"], help="default: the source's, else vicuna-v1")
+    parser.add_argument(
+        "--chat-template",
+        choices=["vicuna-v1", "plain"],
+        help="default: the source's, else vicuna-v1, or plain for a projector",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     parser.add_argument("--no-self-check", action="store_true", help="do not try the result on a picture")
     parser.set_defaults(run=_convert)
@@ -191,7 +196,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help=f"default: float32; bfloat16 for {_SHAPES}")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="calls of a stage, of which the median counts; default: 3"
+        "--repeats", type=int, default=3, help="calls of a stage, of which the median counts; default: %(default)s"
     )
     parser.set_defaults(run=_bench)
 
@@ -201,9 +206,10 @@ def _bench(options: argparse.Namespace) -> None:
     from .evaluation.measured_models import Models, PublishedShapes, SavedCheckpoint
 
     dtype = _DTYPES.get(options.dtype)
-    models: Models = SavedCheckpoint(options.models, dtype or torch.float32)
     if options.models == _SHAPES:
-        models = PublishedShapes(dtype or torch.bfloat16)
+        models: Models = PublishedShapes(dtype or torch.bfloat16)
+    else:
+        models = SavedCheckpoint(options.models, dtype or torch.float32)
     print(bench(models, options.output_dir, options.threads, options.flops_only, options.repeats))
 
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from accelerate.utils import gather_object, parse_flag_from_env  # type: ignore[import-untyped]
-from datasets import Dataset, DatasetDict, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, Value
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .processing.conversations import json_rows
+from .processing.conversations import is_saved_dataset, json_rows, named_dataset
 from .processing.image_inputs import upright_images
 from .processing.object_store import ObjectStore, ObjectWriter, image_key, write_whole
 from .processing.objects.image_objects import ImageObjects
@@ -255,13 +255,8 @@ def precompute_objects(
     processor: MaskLlavaProcessor,
     folder: str | os.PathLike[str],
     *,
-    max_object_tokens: int | None = None,
-    batch_size: int = 8,
-    embedding_dtype: torch.dtype = torch.float32,
-    num_threads: int = 4,
-    shard_size: int = 256,
-    flush_seconds: float = 60.0,
     progress: bool = True,
+    **options: Any,
 ) -> PrecomputeReport:
     """Stores the objects of many images, those that are in the store already excepted.
 
@@ -273,9 +268,9 @@ def precompute_objects(
         images: a sequence or an iterable of pairs (name, image), where the image has any form that the processor takes
             and is read when its turn comes; a folder, all of whose images are taken; or a `datasets.Dataset` or
             `IterableDataset` with a column `image` or `images` of pictures or paths.
-        processor, folder, max_object_tokens, batch_size, embedding_dtype, num_threads, shard_size, flush_seconds: see
-            `PrecomputeWorker`.
+        processor, folder: see `PrecomputeWorker`.
         progress: whether the main process shows a bar, over its own share of the images.
+        options: the other arguments of `PrecomputeWorker`, such as `max_object_tokens` and `batch_size`.
 
     Returns:
         In every process, what became of the images of all processes.
@@ -287,16 +282,7 @@ def precompute_objects(
     # On a machine without accelerator, `accelerate` otherwise takes every process for the only one
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
-    worker = PrecomputeWorker(
-        processor,
-        folder,
-        max_object_tokens=max_object_tokens,
-        batch_size=batch_size,
-        embedding_dtype=embedding_dtype,
-        num_threads=num_threads,
-        shard_size=shard_size,
-        flush_seconds=flush_seconds,
-    )
+    worker = PrecomputeWorker(processor, folder, **options)
     share, total = _share(images, state.process_index, state.num_processes)
     with tqdm(desc="Objects", total=total, unit=" images", disable=not (progress and state.is_main_process)) as bar:
         report = worker(share, bar.update)
@@ -330,18 +316,9 @@ def open_images(source: str, image_folder: str | os.PathLike[str] | None = None,
     path = Path(source)
     if path.suffix in (".json", ".jsonl"):
         return _json_images(path, path.parent if image_folder is None else Path(image_folder))
-    if path.suffix == ".parquet":
-        return load_dataset("parquet", data_files=source, split="train")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        dataset = load_from_disk(source)
-        if not isinstance(dataset, DatasetDict):
-            return dataset
-        if split not in dataset:
-            raise ValueError(f"{source!r} has the splits {sorted(dataset)}, but not {split!r}.")
-        return dataset[split]
-    if path.is_dir():
+    if path.is_dir() and not is_saved_dataset(path):
         return source
-    return load_dataset(source, split=split)
+    return named_dataset(source, split)
 
 
 # ------------------------------------------------------------------------------------------------------------- sources

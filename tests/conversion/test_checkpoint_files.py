@@ -138,6 +138,13 @@ def test_index_and_files_have_to_agree(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": 1}'])
+def test_index_that_is_none(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"`model.safetensors.index.json` in .* is no index.*`weight_map`. Fetch it"):
+        open_checkpoint(tmp_path)
+
+
 def test_weights_in_two_files_are_refused(tmp_path):
     write_shards(tmp_path)
     save_file({"a.weight": TENSORS["a.weight"]}, tmp_path / "model-00003-of-00003.safetensors")
@@ -202,6 +209,11 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path):
     assert max(most) == 1
 
 
+def test_other_dtypes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is torch.float64, expected one of torch.float32"):
+        write_weights(tmp_path, lazy(TENSORS), torch.float64)
+
+
 def test_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("mask_llava_hf.conversion.checkpoint_writer.shutil.disk_usage", lambda _: usage)
@@ -246,6 +258,17 @@ def test_folder_that_is_replaced_stays_until_the_end(tmp_path, monkeypatch):
         (folder / "config.json").write_text("new")
     assert (target / "config.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk/target")
+    with new_folder(tmp_path / "link", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk/target/config.json").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2 and len(list((tmp_path / "disk").iterdir())) == 1
 
 
 def test_folders_that_are_no_checkpoints_are_never_replaced(tmp_path):

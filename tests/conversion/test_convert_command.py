@@ -61,3 +61,11 @@ def test_way_back(tmp_path, capsys):
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == "llava_llama"
+
+
+def test_config_that_does_not_hold_is_told_without_a_traceback(tmp_path, capsys):
+    assert main(["convert", str(write_checkpoint(tmp_path)), str(tmp_path / "ours"), "--no-self-check"]) == 0
+    path = tmp_path / "ours/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "patch_grid_size": 99}))
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "llava"]) == 2
+    assert "`patch_grid_size` must be an integer in 1..4, got 99" in capsys.readouterr().err

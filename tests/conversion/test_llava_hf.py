@@ -104,6 +104,12 @@ def test_settings_that_the_source_states_stay(source, tmp_path):
     assert "own" not in (tmp_path / "plain/chat_template.jinja").read_text()
 
 
+def test_answers_end_where_the_sources_did(source, tmp_path):
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 13]}))
+    convert_checkpoint(source, tmp_path / "target", self_check=False)
+    assert json.loads((tmp_path / "target/generation_config.json").read_text())["eos_token_id"] == [2, 13]
+
+
 def test_six_by_six_patches_need_a_tower_that_has_them(tmp_path):
     source = write_llava(tmp_path / "source")
     with pytest.raises(ValueError, match="`patch_grid_size` must be an integer in 1..4, got 6"):

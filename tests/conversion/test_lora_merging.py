@@ -92,6 +92,24 @@ def test_base_is_taken_from_the_adapter_where_none_is_given(tmp_path):
         convert_checkpoint(source, tmp_path / "again")
 
 
+@pytest.mark.parametrize("place", ["base", "vision_tower"])
+def test_what_the_sources_files_name_is_never_replaced(tmp_path, place):
+    base = write_base(tmp_path / "base")
+    source = write_adapter(tmp_path, adapted())
+    settings = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    with pytest.raises(ValueError, match=f"/{place}`, which it is made from.*would be deleted"):
+        convert_checkpoint(source, tmp_path / place, overwrite=True)
+
+
+def test_scale_of_an_adapter_is_never_guessed(tmp_path):
+    base = write_base(tmp_path / "base")
+    source = write_adapter(tmp_path, adapted())
+    (source / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="no `adapter_config.json`.*`lora_alpha`"):
+        convert_checkpoint(source, tmp_path / "target", base=str(base))
+
+
 def test_merging_is_done_in_float32_and_rounded_once(tmp_path):
     base = {name: tensor.half() for name, tensor in language_tensors({}).items()}
     folder = tmp_path / "base"
@@ -118,6 +136,9 @@ def test_transposed_weights(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "fan_in_fan_out": True}))
     merged = merge_adapter(tmp_path, open_checkpoint(tmp_path / "base"))
     torch.testing.assert_close(merged["m.weight"].load(), weight + (b @ a).T)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2}))
+    with pytest.raises(ValueError, match=r"1 have another shape \(m\)"):
+        merge_adapter(tmp_path, open_checkpoint(tmp_path / "base"))
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
@@ -130,6 +151,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     for changes, message in (
         ({f"{name}B.weight": None}, "1 have only one of their two factors"),
         ({f"{name}B.weight": torch.ones(7, 4)}, r"1 have another shape \(model.layers.0.self_attn.q_proj\)"),
+        ({f"{name}A.weight": torch.ones(4, 32, 1, 1)}, "1 have another shape"),
         (
             {
                 "base_model.model.x.lora_A.weight": torch.ones(4, 3),

@@ -99,6 +99,23 @@ def test_named_tower_gets_our_weights_among_the_models(tmp_path):
     assert_same(weights(tmp_path / "again"), weights(tmp_path / "ours"))
 
 
+def test_tower_named_like_the_folder_of_our_own(tmp_path):
+    source = write_checkpoint(tmp_path)
+    convert_checkpoint(source, tmp_path / "ours", self_check=False)
+    export_checkpoint(tmp_path / "ours", tmp_path / "back", vision_tower="vision_tower")
+    (tmp_path / "vision_tower/model.safetensors").unlink()  # beside the result, and not needed
+    convert_checkpoint(tmp_path / "back", tmp_path / "again", self_check=False)
+    assert_same(weights(tmp_path / "again"), weights(tmp_path / "ours"))
+
+
+def test_several_end_tokens_come_back(tmp_path):
+    source = write_checkpoint(tmp_path)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 13]}))
+    convert_checkpoint(source, tmp_path / "ours", self_check=False)
+    export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back/generation_config.json").read_text())["eos_token_id"] == [2, 13]
+
+
 def test_finetuned_checkpoint_without_its_slow_tokenizer(tmp_path):
     convert_checkpoint(write_checkpoint(tmp_path), tmp_path / "ours", self_check=False)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
@@ -150,3 +167,6 @@ def test_only_our_checkpoints_are_exported(tmp_path):
         convert_checkpoint(tmp_path / "ours", tmp_path / "again")
     with pytest.raises(ValueError, match="would be deleted"):
         export_checkpoint(tmp_path / "ours", tmp_path / "ours", overwrite=True)
+    tower = tmp_path / "vision_tower"
+    with pytest.raises(ValueError, match="would be deleted"):
+        export_checkpoint(tmp_path / "ours", tower, vision_tower=str(tower), overwrite=True)

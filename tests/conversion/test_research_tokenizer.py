@@ -122,6 +122,9 @@ def test_ids_of_another_checkpoint_are_refused(tmp_path):
     settings["added_tokens_decoder"]["32000"] = {"content": "<pad>", "special": True}
     with pytest.raises(ValueError, match="'<pad>' the id 32000, which is not the next one after the 320"):
         load_source_tokenizer(write(tmp_path, settings))
+    settings["added_tokens_decoder"] = {"7": {"content": "</s>", "special": True}}
+    with pytest.raises(ValueError, match="'</s>' the id 7, which is not 2, which it has already"):
+        load_source_tokenizer(write(tmp_path, settings))
 
 
 def field(number, wire_type, content):
@@ -133,9 +136,9 @@ def test_tokenizers_unlike_llamas_are_refused(tmp_path):
     folder = write(tmp_path, settings)
     for added, message in {
         field(2, 2, b"\x02" + field(3, 0, b"\x01")): "unigram model, not BPE",
-        field(3, 2, b"\x07" + field(2, 2, b"\x01x") + field(3, 0, b"\x01") + field(4, 0, b"\x01")[:0] + b"\x20\x00"): (
-            "rewrites characters"
-        ),
+        field(
+            3, 2, b"\x07" + field(2, 2, b"\x01x") + field(3, 0, b"\x01") + field(4, 0, b"\x00")
+        ): "rewrites characters",
         field(3, 2, b"\x02" + field(4, 0, b"\x01")): "removes extra blanks",
         field(1, 2, b"\x05" + field(1, 2, b"\x01~") + field(3, 0, b"\x04")): "pieces defined by its user",
     }.items():
@@ -144,7 +147,15 @@ def test_tokenizers_unlike_llamas_are_refused(tmp_path):
             load_source_tokenizer(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", MODEL.read_bytes()[:3000]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"version https://git-lfs.github.com/spec/v1",
+        MODEL.read_bytes()[:3000],
+        field(1, 2, b"\x06" + field(1, 2, b"\x01x") + field(3, 2, b"\x01x")),
+    ],
+)
 def test_files_that_are_no_tokenizer_are_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match=f"is not a SentencePiece model, or not all of it \\({len(content)} bytes\\)"):

@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from research_checkpoints import MULTIMODAL, TEXT
 
 from mask_llava_hf.conversion.source_files import local_folder, read_config
@@ -83,22 +84,22 @@ def test_places_that_are_not_there(name):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub with one repository; gives what was asked of it."""
-    asked = {}
-
-    class Api:
-        def list_repo_files(self, repository, revision=None):
-            if repository != "some/model":
-                raise RepositoryNotFoundError("no such repository", response=_Response())
-            return asked["files"]
+    """A Hub with one repository, whose files are fetched into `tmp_path`; gives what is there and what was asked."""
+    state = {"files": []}
 
     def download(repository, revision=None, allow_patterns=None):
-        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        if repository == "no/connection":
+            raise LocalEntryNotFoundError("Got: ConnectError")
+        if repository != "some/model":
+            raise RepositoryNotFoundError("no such repository", response=_Response())
+        state.update(revision=revision)
+        for name in filter_repo_objects(state["files"], allow_patterns=allow_patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"")
         return str(tmp_path)
 
-    monkeypatch.setattr("mask_llava_hf.conversion.source_files.HfApi", Api)
     monkeypatch.setattr("mask_llava_hf.conversion.source_files.snapshot_download", download)
-    return asked
+    return state
 
 
 class _Response:
@@ -107,21 +108,29 @@ class _Response:
 
 
 @pytest.mark.parametrize(
-    ("files", "wanted", "left"),
+    ("needed", "others"),
     [
-        (["model.safetensors", "pytorch_model.bin"], "*.safetensors", "pytorch_model*.bin"),
-        (["pytorch_model.bin", "onnx/model.safetensors"], "pytorch_model*.bin", "*.safetensors"),
+        (["model.safetensors"], ["pytorch_model.bin"]),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], ["pytorch_model-1-of-1.bin"]),
+        (["pytorch_model.bin"], ["onnx/model.safetensors", "training_args.bin", "tf_model.h5"]),
+        (["model.safetensors", "vision_tower/model.safetensors"], []),
+        (["weights.safetensors", "model.safetensors.index.json"], ["pytorch_model.bin"]),
+        (["mm_projector.bin"], []),
+        (["adapter_model.safetensors", "non_lora_trainables.bin"], ["old/adapter_model.bin"]),
+        (["model.safetensors", "research_tokenizer/tokenizer.model"], []),
     ],
 )
-def test_of_a_repository_only_what_is_needed_is_fetched(hub, tmp_path, files, wanted, left):
-    hub["files"] = files
+def test_of_a_repository_only_what_is_needed_is_fetched(hub, tmp_path, needed, others):
+    hub["files"] = ["config.json", "tokenizer.model", *others, *needed]
     assert local_folder("some/model@v2", "tower", "") == tmp_path
-    assert (hub["repository"], hub["revision"]) == ("some/model", "v2")
-    assert wanted in hub["patterns"] and left not in hub["patterns"] and "*.json" in hub["patterns"]
+    assert hub["revision"] == "v2"
+    fetched = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert fetched == {"config.json", "tokenizer.model", *needed}
 
 
-def test_repository_that_is_not_there(hub):
-    with pytest.raises(
-        ValueError, match=r"The tower `other/model` .* fetched from the Hub \(no such repository\). Mend."
-    ):
-        local_folder("other/model", "tower", "Mend.")
+@pytest.mark.parametrize(
+    ("repository", "reason"), [("other/model", "no such repository"), ("no/connection", "Got: ConnectError")]
+)
+def test_repository_that_cannot_be_had(hub, repository, reason):
+    with pytest.raises(ValueError, match=rf"The tower `{repository}` .* fetched from the Hub \({reason}\). Mend."):
+        local_folder(repository, "tower", "Mend.")

@@ -254,10 +254,9 @@ def test_trls_trainer_runs_the_same_way(start, world, tmp_path, monkeypatch):
     assert AutoProcessor.from_pretrained(tmp_path).object_settings["detector"] == "./detector"
 
 
-def test_batches_of_like_length(start, world, tmp_path):
-    args = finetune_full.FullArguments(
-        str(tmp_path), **{**QUICK, "train_sampling_strategy": "group_by_length", "max_steps": 1}
-    )
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_batches_of_like_length(start, world, tmp_path, strategy):
+    args = finetune_full.FullArguments(str(tmp_path), **{**QUICK, "train_sampling_strategy": strategy, "max_steps": 1})
     dataset = recipe.load_conversations(world / "chats.json", image_folder=world / "images")
     model, processor = AutoModelForImageTextToText.from_pretrained(start), AutoProcessor.from_pretrained(start)
     trainer = finetune_full.train(model, processor, dataset, args, max_object_tokens=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainerState
 
 from mask_llava_hf import ImageObjects, MaskLlavaCollator
 from mask_llava_hf.processing import collator as collator_module
@@ -124,9 +124,11 @@ def test_a_batch_is_what_the_processor_makes_padded_on_the_right(processor, samp
 
 
 def test_text_alone_and_padding_to_a_multiple(processor, samples):
-    batch = MaskLlavaCollator(processor, pad_to_multiple_of=32)([samples[1], {"messages": chat("Hi", "Ho")}])
+    texts = [samples[1], {"messages": chat("Hi", "Ho")}]
+    batch = MaskLlavaCollator(processor, pad_to_multiple_of=32)(texts)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    assert batch["input_ids"].shape == (2, 64) or batch["input_ids"].shape == (2, 32)
+    longest = MaskLlavaCollator(processor)(texts)["input_ids"].shape[1]
+    assert longest % 32 and batch["input_ids"].shape == (2, longest + -longest % 32)
     assert answers(processor, batch)[1] == [" Ho</s>"]
 
 
@@ -172,9 +174,14 @@ def test_objects_come_from_the_sample_then_the_store_then_the_processor(processo
     assert batch["object_counts"].tolist() == [4, 5, 1] and store.asked == 1
     with pytest.raises(KeyError, match="Sample 0 of the batch"):
         MaskLlavaCollator(processor, object_store=Store({"other": None}))([bare])
-    monkeypatch.setattr(type(processor), "find_objects", lambda self, images: [make_objects(7) for _ in images])
-    batch = MaskLlavaCollator(processor, object_dropout=(6, 6))([bare])
-    assert batch["object_counts"].tolist() == [6]
+
+    def find(self, images, cap):
+        return [make_objects(cap or 7) for _ in images]
+
+    monkeypatch.setattr(type(processor), "find_objects", find)
+    for cap, count in ((None, 6), (4, 4)):
+        batch = MaskLlavaCollator(processor, object_dropout=(6, 6), max_object_tokens=cap)([bare])
+        assert batch["object_counts"].tolist() == [count]
     batch = MaskLlavaCollator(processor, object_store=store, max_object_tokens=0)([bare])
     assert batch["object_counts"].tolist() == [0] and batch["object_embeds"].shape == (1, 0, 64) and store.asked == 1
     assert MaskLlavaCollator(processor, max_object_tokens=2)(samples)["object_counts"].tolist() == [2, 2, 1, 0]
@@ -238,10 +245,8 @@ def test_a_collator_can_be_sent_to_other_processes(processor, samples):
 
 
 def test_trainer_tells_the_epoch(processor, many):
-    transformers = pytest.importorskip("transformers")
     collator = MaskLlavaCollator(processor, object_dropout=(0, 20))
-    state = transformers.TrainerState(epoch=2.0)
-    collator.epoch_callback().on_epoch_begin(None, state, None)
+    collator.epoch_callback().on_epoch_begin(None, TrainerState(epoch=2.0), None)
     expected = MaskLlavaCollator(processor, object_dropout=(0, 20))
     expected.set_epoch(2)
     assert draws(collator, many[:5]) == draws(expected, many[:5])
@@ -288,8 +293,10 @@ def test_a_sample_that_does_not_fit_is_named(processor, samples, change, message
 
 def test_an_image_that_cannot_be_read_is_named(processor, samples, tmp_path):
     picture(0, (200, 300)).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
-    for path in ("cut.png", "missing.png"):
+    start, *parts = (tmp_path / "cut.png").read_bytes().split(b"IDAT")
+    (tmp_path / "cut.png").write_bytes(start + b"IDAT" + parts[0][:5000])
+    (tmp_path / "torn.png").write_bytes(start + b"IDAT" + bytes(4).join(parts))  # to Pillow a `SyntaxError`
+    for path in ("cut.png", "torn.png", "missing.png"):
         broken = {**samples[3], "id": 5, "images": [str(tmp_path / path)]}
         with pytest.raises(ValueError, match="Sample 5 has an image that cannot be read"):
             MaskLlavaCollator(processor)([samples[1], broken])

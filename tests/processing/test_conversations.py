@@ -56,11 +56,10 @@ ROWS = [
     {"id": 7, "image": "coco/b.png", "conversations": [turn("human", "Describe it.\n<image>"), turn("gpt", "Red.")]},
     {"id": "text", "conversations": [turn("system", "Be brief."), turn("human", "2 + 2?"), turn("gpt", "4")]},
     {
-        "image": ["a.png", "coco/b.png"],
+        "image": ["a.png", "coco/b.png", "a.png"],
         "conversations": [turn("human", "<image><image> Same? Look: <image>"), turn("gpt", "Yes.")],
     },
 ]
-ROWS[3]["image"].append("a.png")
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -112,6 +111,11 @@ def changed(**fields):
         (changed(conversations=[turn("human", "<image> and <image>")]), r"Row 1 .* has 2 .* but 1 image"),
         (changed(conversations=[turn("bing", "<image>")]), r"Row 1 .* a turn from 'bing', expected one of"),
         (changed(conversations=[{"from": "human"}]), r"Row 1 .* whose `value` is None"),
+        (
+            changed(conversations=["<image>"]),
+            r"Row 1 .* has \['<image>'\] as `conversations`, expected a list of objects",
+        ),
+        (changed(conversations={"from": ["human"]}), r"Row 1 .* has {'from': \['human'\]} as `conversations`"),
         (changed(image="c.png"), r"Row 1 .* names the image 'c.png', but there is no file .*`image_folder`"),
         (changed(image="no/c.png"), r"Row 1 .* names the image 'no/c.png', but there is no file"),
         ([ROWS[2], {"id": 5, "text": "hello"}], r"Row 1 \(id 5\) has neither `conversations` nor `messages` but"),
@@ -194,7 +198,8 @@ def test_other_columns_are_brought_to_one_form(columns, tmp_path):
     assert loaded.features["images"] == datasets.List(datasets.Image())
     assert_red(loaded[0])
     pictures(**columns).to_parquet(tmp_path / "folder" / "train.parquet")
-    assert_red(load_conversations(tmp_path / "folder")[0])
+    for source in (tmp_path / "folder", tmp_path / "folder" / "train.parquet"):
+        assert_red(load_conversations(source)[0])
 
 
 def test_paths_in_a_dataset_start_from_the_folder(folder):

@@ -2,9 +2,7 @@
 """Converts checkpoints of LLaVA and Mask-LLaVA in other layouts to ours."""
 
 import os
-import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,16 @@ from huggingface_hub.errors import StrictDataclassError
 from ..modeling.modeling_mask_llava import MaskLlavaForConditionalGeneration
 from ..modeling.token_layout import TokenLayout
 from ..processing.processing_mask_llava import MaskLlavaProcessor
-from .checkpoint_writer import MAX_SHARD_BYTES, check_target, new_folder, write_weights
-from .conversion_report import ConversionReport
+from .checkpoint_writer import MAX_SHARD_BYTES, check_places, check_target, new_folder, write_weights
+from .conversion_report import ConversionReport, describe_tokens
 from .converted_model import ChatTemplate, Composition, ConvertedModel
 from .llava_hf import read_llava_hf
 from .llava_research import ResearchSource, read_llava_research
-from .research_tokenizer import SLOW_TOKENIZER_FILES
+from .research_tokenizer import SLOW_TOKENIZER_FOLDER, copy_slow_tokenizer
 from .sam_checkpoint import convert_sam
 from .self_check import check_checkpoint
 from .source_layouts import LayoutName, SourceLayout, recognise
 
-
-# Inside our checkpoint: what the way back to the research code needs, and Transformers would only stumble over.
-SLOW_TOKENIZER_FOLDER = "research_tokenizer"
 
 _LAYOUTS = {
     "llava": "LLaVA, research layout",
@@ -105,6 +100,7 @@ def convert_checkpoint(
         model = _read(found, base, vision_tower, composition, chat_template)
     except StrictDataclassError as error:  # what configs raise, which is no ValueError
         raise ValueError(f"The config of `{found.path.name}` cannot be used: {error.__cause__ or error}") from error
+    check_places(model.sources, target)  # a base and a tower that were found, not given, among them
     dtype = dtype or model.source_dtype
     report = ConversionReport.of(
         _describe(found),
@@ -160,41 +156,11 @@ def _write_small_files(folder: Path, model: ConvertedModel, dtype: torch.dtype) 
     ).save_pretrained(folder)
     if model.slow_tokenizer is not None:
         (folder / SLOW_TOKENIZER_FOLDER).mkdir()
-        for name in SLOW_TOKENIZER_FILES:
-            if (model.slow_tokenizer / name).is_file():
-                shutil.copyfile(model.slow_tokenizer / name, folder / SLOW_TOKENIZER_FOLDER / name)
+        copy_slow_tokenizer(model.slow_tokenizer, folder / SLOW_TOKENIZER_FOLDER)
 
 
 def _describe(found: SourceLayout) -> str:
     return f"{_LAYOUTS[found.name]} ({found.reason})"
-
-
-def describe_tokens(layout: TokenLayout) -> str:
-    """A composition in words: "1 CLS + 36 patches + up to 20 objects = at most 57 tokens"."""
-    parts = [
-        "1 CLS" if layout.use_cls_token else "",
-        f"{layout.num_patch_tokens} patches",
-        f"up to {layout.max_object_tokens} objects" if layout.max_object_tokens else "",
-    ]
-    most = "at most " if layout.max_object_tokens else ""
-    return f"{' + '.join(part for part in parts if part)} = {most}{layout.max_tokens} tokens"
-
-
-def check_places(sources: Sequence[str | os.PathLike[str] | None], target: Path) -> None:
-    """Refuses a target that is, or holds, something it is made from.
-
-    Raises:
-        ValueError: replacing the target would delete a source.
-    """
-    for source in sources:
-        if source is None or not os.path.exists(source):
-            continue  # not given, or on the Hub
-        path = Path(source).resolve()
-        if target.resolve() in (path, *path.parents):
-            raise ValueError(
-                f"The target `{target}` is or holds `{source}`, which is converted, and would be deleted in the end. "
-                "Name another target."
-            )
 
 
 def _refuse_useless(found: SourceLayout, options: dict[str, Any]) -> None:

@@ -120,7 +120,13 @@ def _files_of(folder: Path) -> tuple[list[str], list[str]]:
     for name in _WEIGHT_FILES:
         path = folder / name
         if path.is_file() and name.endswith(".json"):
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"`{name}` in `{folder.name}` is no index of weights ({error!r}), expected a JSON object with the "
+                    "file of every weight as `weight_map`. Fetch it again."
+                ) from error
             return sorted(set(weight_map.values())), list(weight_map)
         if path.is_file():
             return [name], []
@@ -173,7 +179,8 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
             if dtype is None:
                 raise ValueError(
-                    f"`{path.name}` has {name} in the dtype {part.get_dtype()}, which cannot be converted."
+                    f"`{path.name}` has {name} in the dtype {part.get_dtype()}, expected one of "
+                    f"{', '.join(_SAFETENSORS_DTYPES)}. Save it in one of these, and convert again."
                 )
             shape = tuple(part.get_shape())
             tensors[name] = LazyTensor(name, path.name, shape, dtype, partial(handle.get_tensor, name))

@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from .checkpoint_files import LazyTensor
 
@@ -32,6 +33,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         ValueError: see `check_target`.
     """
     check_target(target, overwrite)
+    target = target.resolve()  # of a link the folder it leads to is replaced, and the link stays
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
@@ -59,6 +61,23 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
 
 
+def check_places(sources: Sequence[str | os.PathLike[str] | None], target: Path) -> None:
+    """Refuses a target that is, or holds, something it is made from.
+
+    Raises:
+        ValueError: replacing the target would delete a source.
+    """
+    for source in sources:
+        if source is None or not os.path.exists(source):
+            continue  # not given, or on the Hub
+        path = Path(source).resolve()
+        if target.resolve() in (path, *path.parents):
+            raise ValueError(
+                f"The target `{target}` is or holds `{source}`, which it is made from, and which would be deleted in "
+                "the end. Name another target."
+            )
+
+
 def _move_over(folder: Path, target: Path) -> None:
     """Gives `folder` the name `target`; what had it before is deleted afterwards, or has it again after a failure."""
     if not target.exists():
@@ -79,49 +98,43 @@ def write_weights(
     tensors: Mapping[str, LazyTensor],
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    stem: str = "model",
 ) -> list[Path]:
-    """Writes safetensors files, with an index where there are several. One tensor at a time is in memory.
+    """Writes `model.safetensors`, or shards with an index. One tensor at a time is in memory.
 
     Args:
         tensors: in the order in which they are written.
         dtype: of all; float32, float16 or bfloat16.
         max_shard_bytes: the most a file holds; a larger tensor has a file of its own.
-        stem: of the names: `model.safetensors`, or `model-00001-of-00002.safetensors` and so on.
 
     Raises:
-        ValueError: not enough room on the disk, or numbers that `dtype` cannot hold.
+        ValueError: another dtype, not enough room on the disk, or numbers that `dtype` cannot hold.
     """
-    sizes = {name: prod(tensor.shape) * dtype.itemsize for name, tensor in tensors.items()}
-    total = sum(sizes.values())
+    if dtype not in _SAFETENSORS_NAMES:
+        raise ValueError(f"`dtype` is {dtype}, expected one of {', '.join(map(str, _SAFETENSORS_NAMES))}.")
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: prod(tensor.shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    total = split.metadata["total_size"]
     free = shutil.disk_usage(folder).free
     if total > free:
         raise ValueError(
             f"The weights take {total / 1e9:.1f} GB, and the disk of the target has {free / 1e9:.1f} GB left. Make "
             "room, or name a target on another disk."
         )
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    files = [
-        f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    for file, names in zip(files, shards, strict=True):
+    for file, names in split.filename_to_tensors.items():
         _write_file(folder / file, {name: tensors[name] for name in names}, dtype)
-    if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    written = [folder / file for file in split.filename_to_tensors]
+    if split.is_sharded:
         parameters = sum(prod(tensor.shape) for tensor in tensors.values())
-        index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-        path = folder / f"{stem}.safetensors.index.json"
+        metadata = {"total_parameters": parameters, "total_size": total}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        path = folder / "model.safetensors.index.json"
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        return [*(folder / file for file in files), path]
-    return [folder / file for file in files]
+        written.append(path)
+    return written
 
 
 def _write_file(path: Path, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> None:

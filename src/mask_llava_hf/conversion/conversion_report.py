@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..modeling.token_layout import TokenLayout
 from .checkpoint_files import LazyTensor
 
 
@@ -83,6 +84,17 @@ class ConversionReport:
         lines.append(f"checked   {self.self_check or 'not checked'}")
         lines.append(f"time      {self.seconds:.1f} s")
         return "\n".join(lines)
+
+
+def describe_tokens(layout: TokenLayout) -> str:
+    """A composition in words: "1 CLS + 36 patches + up to 20 objects = at most 57 tokens"."""
+    parts = [
+        "1 CLS" if layout.use_cls_token else "",
+        f"{layout.num_patch_tokens} patches",
+        f"up to {layout.max_object_tokens} objects" if layout.max_object_tokens else "",
+    ]
+    most = "at most " if layout.max_object_tokens else ""
+    return f"{' + '.join(part for part in parts if part)} = {most}{layout.max_tokens} tokens"
 
 
 def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlavaImageProcessor
 from ..modeling.configuration_mask_llava import MaskLlavaConfig
 from .checkpoint_files import LazyTensor
 from .research_tokenizer import LoadedTokenizer, boundary_mismatches
+from .source_files import read_json
 from .vocabulary import grown_vocabulary, with_mean_rows
 
 
@@ -30,6 +31,7 @@ class ConvertedModel:
         dropped: name in the source -> why it is not needed.
         suppressed_ids: rows of the vocabulary that `generate` must never choose.
         notes: for the report.
+        sources: the folders it was read from, those that the source's own files name among them.
         slow_tokenizer: folder with the files of the source's slow tokenizer, which travel along for the way back.
     """
 
@@ -42,6 +44,7 @@ class ConvertedModel:
     suppressed_ids: list[int]
     eos_token_id: int | list[int] | None
     notes: list[str]
+    sources: tuple[Path, ...]
     slow_tokenizer: Path | None
 
     @property
@@ -61,6 +64,12 @@ class ConvertedModel:
             pad_token_id=self.tokenizer.pad_token_id,
             suppress_tokens=self.suppressed_ids,
         )
+
+
+def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> int | list[int] | None:
+    """What ends an answer: the ids in the `generation_config.json` of a folder, else the tokenizer's end token."""
+    said = read_json(folder / "generation_config.json").get("eos_token_id")
+    return tokenizer.eos_token_id if said is None else said
 
 
 def composition_fields(

@@ -9,12 +9,12 @@ from transformers import LlavaConfig
 from ..modeling.configuration_mask_llava import MaskLlavaConfig
 from ..processing.chat_templates import plain, vicuna_v1
 from .checkpoint_files import open_checkpoint
-from .converted_model import ChatTemplate, Composition, ConvertedModel, composition_fields, with_image_token
+from .converted_model import ChatTemplate, Composition, ConvertedModel, composition_fields, end_tokens, with_image_token
 from .key_renames import LLAVA_HF
 from .research_tokenizer import load_source_tokenizer
 from .source_files import read_config, read_json
 from .tower_files import image_processor_for, read_preprocessor
-from .weight_tables import checked_weights, meta_model, rename_weights
+from .weight_tables import checked_weights, rename_weights
 
 
 def read_llava_hf(folder: Path, composition: Composition, chat_template: ChatTemplate | None = None) -> ConvertedModel:
@@ -41,7 +41,7 @@ def read_llava_hf(folder: Path, composition: Composition, chat_template: ChatTem
         **composition_fields(composition, tower, has_cls, {}),
     )
     weights = rename_weights(open_checkpoint(folder), LLAVA_HF)
-    tensors = checked_weights(weights, meta_model(config))
+    tensors = checked_weights(weights, config)
     tokenizer = load_source_tokenizer(folder)
     if tokenizer.image_token_id != said.image_token_id:
         raise ValueError(
@@ -74,9 +74,10 @@ def read_llava_hf(folder: Path, composition: Composition, chat_template: ChatTem
         image_processor=image_processor,
         chat_template=own_template or (plain() if chat_template == "plain" else vicuna_v1()),
         suppressed_ids=suppressed,
-        eos_token_id=tokenizer.tokenizer.eos_token_id,
+        eos_token_id=end_tokens(folder, tokenizer.tokenizer),
         notes=notes,
-        slow_tokenizer=folder if (folder / "tokenizer.model").is_file() else None,
+        sources=(folder,),
+        slow_tokenizer=tokenizer.slow_tokenizer,
     )
 
 

@@ -24,6 +24,7 @@ from .converted_model import (
     Composition,
     ConvertedModel,
     composition_fields,
+    end_tokens,
     with_image_token,
 )
 from .key_renames import FROZEN_TOWER, LLAVA_RESEARCH, MASK_LLAVA_RESEARCH
@@ -32,7 +33,7 @@ from .research_tokenizer import IMAGE_TOKEN, load_source_tokenizer
 from .source_files import local_folder, read_config, read_json
 from .tower_files import VisionTower, image_processor_for, read_tower
 from .vocabulary import with_mean_rows
-from .weight_tables import RenamedWeights, checked_weights, meta_model, rename_weights
+from .weight_tables import RenamedWeights, checked_weights, rename_weights
 
 
 # Where our export keeps what LLaVA's own fields cannot say.
@@ -122,7 +123,7 @@ def read_llava_research(
         **composition_fields(composition, tower.config, has_cls, said.get(MASK_LLAVA_SETTINGS, {})),
     )
     _check_widths(said, config, source.folder.name)
-    tensors = checked_weights(weights, meta_model(config))
+    tensors = checked_weights(weights, config)
     tokenizer = load_source_tokenizer(language_folder, _new_tokens(said), said.get("tokenizer_model_max_length"))
     suppressed, about_vocabulary = with_image_token(config, tensors, tokenizer)
 
@@ -133,7 +134,6 @@ def read_llava_research(
     template = chat_template or ("plain" if source.kind == "projector" else "vicuna-v1")
     about_chats = [f"chat template: {template}, as research checkpoints save none"] if chat_template is None else []
     image = f"<im_start>{IMAGE_TOKEN}<im_end>" if said.get("mm_use_im_start_end") else IMAGE_TOKEN
-    eos_token_id = read_json(language_folder / "generation_config.json").get("eos_token_id")
     return ConvertedModel(
         config=config,
         tensors=tensors,
@@ -142,9 +142,10 @@ def read_llava_research(
         image_processor=image_processor,
         chat_template=plain(image) if template == "plain" else vicuna_v1(image=image),
         suppressed_ids=suppressed,
-        eos_token_id=eos_token_id if eos_token_id is not None else tokenizer.tokenizer.eos_token_id,
+        eos_token_id=end_tokens(language_folder, tokenizer.tokenizer),
         notes=[*tokenizer.notes, *about_vocabulary, *about_pixels, *about_chats],
-        slow_tokenizer=language_folder if (language_folder / "tokenizer.model").is_file() else None,
+        sources=(source.folder, language_folder, tower.folder),
+        slow_tokenizer=tokenizer.slow_tokenizer,
     )
 
 

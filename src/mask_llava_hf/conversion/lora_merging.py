@@ -33,6 +33,11 @@ def merge_adapter(folder: Path, base: Mapping[str, LazyTensor]) -> dict[str, Laz
         ValueError: an adapter of another kind than LoRA, or one that does not fit the base.
     """
     settings = read_json(folder / "adapter_config.json")
+    if not settings:
+        raise ValueError(
+            f"`{folder.name}` has an adapter but no `adapter_config.json`, which says how strongly it counts "
+            "(`lora_alpha`). Copy it there."
+        )
     _check_kind(settings)
     path = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if path is None:
@@ -50,11 +55,12 @@ def merge_adapter(folder: Path, base: Mapping[str, LazyTensor]) -> dict[str, Laz
             factors.setdefault(_base_name(match[1]), {})[match[2]] = tensor
         else:
             merged[_base_name(name)] = tensor
-    _check_factors(factors, merged)
+    transposed = bool(settings.get("fan_in_fan_out"))
+    _check_factors(factors, merged, transposed)
     for module, pair in factors.items():
         weight = merged[f"{module}.weight"]
         scale = _scale(settings, module, rank=pair["A"].shape[0])
-        merged[f"{module}.weight"] = _merged(weight, pair["A"], pair["B"], scale, bool(settings.get("fan_in_fan_out")))
+        merged[f"{module}.weight"] = _merged(weight, pair["A"], pair["B"], scale, transposed)
     return merged
 
 
@@ -73,13 +79,15 @@ def _base_name(name: str) -> str:
     return re.sub(r"\.(?:base_layer|modules_to_save)(?:\.default)?(?=\.)", "", name.removeprefix(_PREFIX))
 
 
-def _check_factors(factors: Mapping[str, Mapping[str, LazyTensor]], base: Mapping[str, LazyTensor]) -> None:
+def _check_factors(
+    factors: Mapping[str, Mapping[str, LazyTensor]], base: Mapping[str, LazyTensor], transposed: bool
+) -> None:
     lone = [module for module, pair in factors.items() if len(pair) != 2]
     absent = [module for module in factors if f"{module}.weight" not in base]
     misfits = [
         module
         for module, pair in factors.items()
-        if module not in lone and module not in absent and not _fits(base[f"{module}.weight"].shape, pair)
+        if module not in lone and module not in absent and not _fits(base[f"{module}.weight"].shape, pair, transposed)
     ]
     problems = {"only one of their two factors": lone, "no such weight in the base": absent, "another shape": misfits}
     said = [
@@ -92,9 +100,12 @@ def _check_factors(factors: Mapping[str, Mapping[str, LazyTensor]], base: Mappin
         )
 
 
-def _fits(shape: tuple[int, ...], pair: Mapping[str, LazyTensor]) -> bool:
-    (rank, width), (height, inner) = pair["A"].shape, pair["B"].shape
-    return rank == inner and sorted(shape) == sorted((height, width))
+def _fits(shape: tuple[int, ...], pair: Mapping[str, LazyTensor], transposed: bool) -> bool:
+    a, b = pair["A"].shape, pair["B"].shape
+    if len(a) != 2 or len(b) != 2:
+        return False  # a convolution's
+    update = (b[0], a[1])
+    return a[0] == b[1] and shape == (update[::-1] if transposed else update)
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -3,9 +3,7 @@
 
 import json
 import os
-import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,16 @@ import torch
 from ..modeling.configuration_mask_llava import MaskLlavaConfig
 from ..modeling.token_layout import TokenLayout
 from ..processing.processing_mask_llava import MaskLlavaProcessor
-from .checkpoint_conversion import SLOW_TOKENIZER_FOLDER, check_places, describe_tokens
 from .checkpoint_files import LazyTensor, list_names, open_checkpoint
-from .checkpoint_writer import MAX_SHARD_BYTES, check_target, new_folder, write_weights
-from .conversion_report import ConversionReport
-from .converted_model import EMBEDDINGS, HEAD
+from .checkpoint_writer import MAX_SHARD_BYTES, check_places, check_target, new_folder, write_weights
+from .conversion_report import ConversionReport, describe_tokens
+from .converted_model import EMBEDDINGS, HEAD, end_tokens
 from .key_renames import to_clip, to_llava_research
 from .llava_research import MASK_LLAVA_SETTINGS, TEXT_FIELDS, TEXT_MODELS, settings_of
-from .research_tokenizer import SLOW_TOKENIZER_FILES
+from .research_tokenizer import SLOW_TOKENIZER_FOLDER, copy_slow_tokenizer
 from .source_files import local_folder
 from .tower_files import PIXEL_SETTINGS
-from .weight_tables import RenamedWeights, checked_weights, meta_model
+from .weight_tables import RenamedWeights, checked_weights
 
 
 TOWER_FOLDER = "vision_tower"
@@ -67,13 +64,13 @@ def export_checkpoint(
     started = time.perf_counter()
     target = Path(target)
     check_target(target, overwrite)
-    check_places([source, base], target)
+    check_places([source, base, vision_tower], target)
     folder_of_source = local_folder(source, "source", "Name the folder of a Mask-LLaVA checkpoint.")
     config = MaskLlavaConfig.from_pretrained(folder_of_source)
     processor = MaskLlavaProcessor.from_pretrained(folder_of_source)
     _check_expressible(config)
     slow_tokenizer = _slow_tokenizer(folder_of_source, base)
-    tensors = checked_weights(RenamedWeights(open_checkpoint(folder_of_source)), meta_model(config))
+    tensors = checked_weights(RenamedWeights(open_checkpoint(folder_of_source)), config)
     dtype = dtype or tensors[EMBEDDINGS].dtype
     num_rows = _source_rows(config, processor)
     for name in (EMBEDDINGS, HEAD):
@@ -85,7 +82,7 @@ def export_checkpoint(
     own_tower = vision_tower is None
     if own_tower:
         named = {name: tensor for name, tensor in named.items() if not name.startswith("model.vision_tower.")}
-    said = _config(config, processor, num_rows, vision_tower or TOWER_FOLDER, dtype)
+    said = _config(config, processor, num_rows, vision_tower, dtype)
     report = ConversionReport.of(
         f"Mask-LLaVA, our own layout, to {'Mask-LLaVA' if MASK_LLAVA_SETTINGS in said else 'LLaVA'}, research layout",
         target.name,
@@ -97,11 +94,10 @@ def export_checkpoint(
     with new_folder(target, overwrite) as folder:
         write_weights(folder, named, dtype, max_shard_bytes)
         _write_json(folder / "config.json", said)
-        ids = {name: said[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {name: said[name] for name in ("bos_token_id", "pad_token_id")}
+        ids["eos_token_id"] = end_tokens(folder_of_source, processor.tokenizer)
         _write_json(folder / "generation_config.json", ids)
-        for name in SLOW_TOKENIZER_FILES:
-            if (slow_tokenizer / name).is_file():
-                shutil.copyfile(slow_tokenizer / name, folder / name)
+        copy_slow_tokenizer(slow_tokenizer, folder)
         if own_tower:
             _write_tower(folder / TOWER_FOLDER, config, processor, in_tower, dtype, max_shard_bytes)
         report.save(folder)
@@ -152,11 +148,11 @@ def _source_rows(config: MaskLlavaConfig, processor: MaskLlavaProcessor) -> int:
 
 
 def _first_rows(tensor: LazyTensor, num_rows: int) -> LazyTensor:
-    return replace(tensor, shape=(num_rows, *tensor.shape[1:]), load=lambda: tensor.load()[:num_rows])
+    return tensor.map(lambda loaded: loaded[:num_rows], shape=(num_rows, *tensor.shape[1:]))
 
 
 def _config(
-    config: MaskLlavaConfig, processor: MaskLlavaProcessor, num_rows: int, tower: str, dtype: torch.dtype
+    config: MaskLlavaConfig, processor: MaskLlavaProcessor, num_rows: int, named_tower: str | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     text = config.text_config.to_dict()
     rope = dict(text.get("rope_parameters") or {})
@@ -184,10 +180,10 @@ def _config(
         "mm_use_im_start_end": "<im_start>" in vocabulary,
         "mm_vision_select_feature": "cls_patch" if config.use_cls_token else "patch",
         "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_tower": tower,
+        "mm_vision_tower": named_tower or TOWER_FOLDER,
         "tokenizer_model_max_length": tokens.model_max_length,
         "tokenizer_padding_side": "right",
-        "unfreeze_mm_vision_tower": tower != TOWER_FOLDER,
+        "unfreeze_mm_vision_tower": named_tower is not None,  # whether its weights lie among the model's
         "use_mm_proj": True,
     }
     if not _is_plain_llava(config):
@@ -207,7 +203,7 @@ def _notes(config: MaskLlavaConfig, num_rows: int, said: dict[str, Any]) -> list
         notes.append(f"vocabulary: {config.text_config.vocab_size} rows became {num_rows}, without those for `<image>`")
     if MASK_LLAVA_SETTINGS in said:
         notes.append("LLaVA's own code reads the weights but has neither pooling nor objects")
-    if said["mm_vision_tower"] == TOWER_FOLDER:
+    if not said["unfreeze_mm_vision_tower"]:
         notes.append(
             f"vision tower: in `{TOWER_FOLDER}`; the research code looks for it from where it is started, so start it "
             "inside the checkpoint, or write the whole path into `mm_vision_tower`"

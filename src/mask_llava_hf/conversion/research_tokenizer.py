@@ -10,6 +10,7 @@ The slow tokenizer meant is `LlamaTokenizer` of Transformers 4.37, which the res
 decides whether the blank also comes behind other special tokens (`True`) or only at the start of a piece (`False`).
 """
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from .source_files import read_json
 
 IMAGE_TOKEN = "<image>"
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+# Inside our checkpoint: what the way back to the research code needs, and Transformers would only stumble over.
+SLOW_TOKENIZER_FOLDER = "research_tokenizer"
 
 _BLANK = "▁"
 _NAMED_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
@@ -47,11 +51,13 @@ class LoadedTokenizer:
         tokenizer: pads on the left; `<image>` is one of its special tokens.
         num_source_ids: one more than the highest id of the source's own tokens.
         notes: what was assumed where its files say nothing.
+        slow_tokenizer: the folder whose `tokenizer.model` it was made from; None: it was made from a `tokenizer.json`.
     """
 
     tokenizer: PreTrainedTokenizerFast
     num_source_ids: int
     notes: tuple[str, ...]
+    slow_tokenizer: Path | None
 
     @property
     def image_token_id(self) -> int:
@@ -113,7 +119,14 @@ def load_source_tokenizer(
         clean_up_tokenization_spaces=False,
         **_length_limit(settings.get("model_max_length"), model_max_length),
     )
-    return LoadedTokenizer(tokenizer, num_source_ids, tuple(notes))
+    return LoadedTokenizer(tokenizer, num_source_ids, tuple(notes), folder if has_slow_tokenizer else None)
+
+
+def copy_slow_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a slow tokenizer into a folder that is there, those of them that are in the source."""
+    for name in SLOW_TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def boundary_mismatches(tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -155,16 +168,15 @@ def _backend_of_slow_tokenizer(
     )
     for id, token in sorted(_added_tokens(settings, folder).items()):
         token = image_token if token.content == IMAGE_TOKEN else token
-        expected = _has(backend, token.content) and backend.token_to_id(token.content)
-        if id != (backend.get_vocab_size() if expected is False else expected):
+        known, size = backend.token_to_id(token.content), backend.get_vocab_size()
+        if id != (size if known is None else known):
+            right = f"the next one after the {size} before it" if known is None else f"{known}, which it has already"
             raise ValueError(
-                f"The tokenizer's files give {token.content!r} the id {id}, which is not the next one after the "
-                f"{backend.get_vocab_size()} before it: the model would read it as another token. Were "
-                "`tokenizer.model` and `added_tokens.json` or `tokenizer_config.json` taken from different checkpoints?"
+                f"The tokenizer's files give {token.content!r} the id {id}, which is not {right}: the model would read "
+                "it as another token. Were `tokenizer.model` and `added_tokens.json` or `tokenizer_config.json` taken "
+                "from different checkpoints?"
             )
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    missing = [token for token in named.values() if token is not None and not _has(backend, token)]
-    backend.add_special_tokens([_plain_token(token) for token in dict.fromkeys(missing)])
     backend.add_special_tokens([_plain_token(token) for token in named.values() if token is not None])
     return backend
 

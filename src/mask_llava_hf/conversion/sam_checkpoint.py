@@ -49,7 +49,7 @@ def convert_sam(
         target: the folder to write.
         layout: for the report.
         dtype: of the weights written; default: float32.
-        self_check: whether to compare masks of the package with those of the result, which only equal in float32.
+        self_check: whether to compare masks of the package with those of the result; in 16 bits these may differ.
 
     Raises:
         ValueError: a file that is no checkpoint of the package, or masks that differ.

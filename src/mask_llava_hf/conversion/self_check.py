@@ -55,8 +55,7 @@ def check_checkpoint(folder: Path) -> str:
         raise ValueError(
             f"The processor writes {found} placeholders for an image that has {expected} tokens in the model."
         )
-    floats = {name: tensor.to(model.dtype) for name, tensor in inputs.items() if tensor.is_floating_point()}
-    outputs = model(**{**inputs, **floats}, logits_to_keep=1)
+    outputs = model(**inputs.to(model.dtype), logits_to_keep=1)
     for name, values in {"image features": outputs.image_hidden_states, "logits": outputs.logits}.items():
         broken = int((~values.isfinite()).sum())
         if broken:

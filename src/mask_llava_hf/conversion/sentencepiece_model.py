@@ -61,7 +61,7 @@ def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel
     """
     try:
         return _parse_model(Path(path).read_bytes())
-    except (IndexError, KeyError, UnicodeDecodeError, struct.error, _WireError) as error:
+    except (IndexError, KeyError, ValueError, struct.error, _WireError) as error:
         raise ValueError(
             f"`{Path(path).name}` is not a SentencePiece model, or not all of it ({Path(path).stat().st_size} bytes): "
             "the vocabulary cannot be read from it. Download it again (a file of some hundred bytes is a Git LFS "

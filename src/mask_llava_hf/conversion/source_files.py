@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from .checkpoint_files import list_names
@@ -15,7 +15,7 @@ from .checkpoint_files import list_names
 _SMALL_FILES = [
     "*.json",
     "*.jinja",
-    "tokenizer.model",
+    "*tokenizer.model",  # in a checkpoint of ours it lies in a folder
     "mm_projector.bin",
     "non_lora_trainables.bin",
     "adapter_model.*",
@@ -41,11 +41,15 @@ def local_folder(location: str | os.PathLike[str], role: str, mend: str) -> Path
     repository, _, revision = os.fspath(location).partition("@")
     if path.is_absolute() or repository.startswith(("./", "../", "~")):
         raise ValueError(f"The {role} `{location}` is no folder. {mend}")
+
+    def fetch(weights: str) -> Path:
+        # Without a connection this gives what was fetched before
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*_SMALL_FILES, weights]))
+
     try:
-        files = HfApi().list_repo_files(repository, revision=revision or None)
-        has_safetensors = any(file.endswith(".safetensors") and "/" not in file for file in files)
-        weights = ["*.safetensors"] if has_safetensors else ["pytorch_model*.bin"]
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*_SMALL_FILES, *weights]))
+        has_safetensors = any(fetch("model*.safetensors").glob("*.safetensors*"))  # an index counts
+        # A star goes across folders: into that of a vision tower, but not into another program's where all is pickles
+        return fetch("*.safetensors" if has_safetensors else "pytorch_model*.bin")
     except (OSError, HFValidationError) as error:  # no connection, no such repository, no permission, no valid id
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
 
 from ..modeling.configuration_mask_llava import MaskLlavaConfig
 from ..modeling.modeling_mask_llava import MaskLlavaForConditionalGeneration
@@ -53,22 +52,15 @@ def rename_weights(source: Mapping[str, LazyTensor], table: Table) -> RenamedWei
     return weights
 
 
-def meta_model(config: MaskLlavaConfig) -> MaskLlavaForConditionalGeneration:
-    """The model of a config, without numbers: its names and shapes."""
-    with torch.device("meta"):
-        return MaskLlavaForConditionalGeneration(config)
-
-
-def checked_weights(weights: RenamedWeights, model: PreTrainedModel) -> dict[str, LazyTensor]:
-    """The weights in the model's order: one of the right shape for each of its own, and none besides.
-
-    Args:
-        model: made from the config, on the meta device.
+def checked_weights(weights: RenamedWeights, config: MaskLlavaConfig) -> dict[str, LazyTensor]:
+    """The weights in the order of the config's model: one of the right shape for each of its own, and none besides.
 
     Raises:
         ValueError: with every weight that is unknown, missing, doubled, or of another shape or dtype than the config
             asks for (at most twenty names of each, then a count).
     """
+    with torch.device("meta"):  # names and shapes are wanted, no numbers
+        model = MaskLlavaForConditionalGeneration(config)
     tied = model.all_tied_weights_keys  # saved once, under the other name
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     found = weights.tensors
@@ -84,7 +76,9 @@ def checked_weights(weights: RenamedWeights, model: PreTrainedModel) -> dict[str
         "weights that are missing": sorted(set(expected) - set(found)),
         "weights of another shape than the config's": shapes,
         "weights that are no floating-point numbers": others,
-        "weights that stand for one that is there already": list(weights.doubled),
+        "weights that stand for one that is there already": [
+            f"{theirs} ({ours})" for theirs, ours in weights.doubled.items()
+        ],
     }
     said = [f"{len(names)} {problem}: {list_names(names)}" for problem, names in problems.items() if names]
     if said:

@@ -186,7 +186,7 @@ class MaskLlavaCollator:
             )
         try:
             return upright_images(images)
-        except (OSError, ValueError) as error:  # a broken file among a million
+        except Exception as error:  # a broken file among a million: decoders raise whatever they like
             raise ValueError(f"{_name(sample, position)} has an image that cannot be read: {error}") from error
 
     def _objects(
@@ -209,7 +209,7 @@ class MaskLlavaCollator:
         low, high = self.object_dropout
         missing = [index for index, entry in enumerate(objects) if entry is None]
         if missing and self.processor.object_settings["detector"] is not None:
-            found = self.processor.find_objects([pictures[index] for index in missing])
+            found = self.processor.find_objects([pictures[index] for index in missing], self.max_object_tokens)
             for index, made in zip(missing, found, strict=True):
                 objects[index] = made
         for index, entry in enumerate(objects):

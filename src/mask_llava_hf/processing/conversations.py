@@ -34,7 +34,7 @@ def load_conversations(
       line): `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}`.
       `image` may be missing or a list. A JSON file of rows with `messages` and `images` is read as well.
     * A dataset with `messages` and `images` (or `image`), or with LLaVA's columns: a `Dataset`, a `DatasetDict`, a
-      folder, or a name on the Hub.
+      folder, a Parquet file, or a name on the Hub.
 
     A file is read once, row by row, and kept in the cache of `datasets`; a changed file is read anew.
 
@@ -63,18 +63,34 @@ def load_conversations(
     if isinstance(source, datasets.Dataset):
         return _unified(source, image_folder)
     path = Path(os.path.expanduser(os.fspath(source)))
-    if path.is_file():
+    if path.is_file() and path.suffix != ".parquet":
         return _read_json(path, image_folder, split)
-    if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(path)
-            loaded = _split_of(loaded, split, f"{str(path)!r}") if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(str(path), split=split)
-        return _unified(loaded, image_folder)
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix in (".json", ".jsonl") and not path.exists():
         raise ValueError(f"There is no file {str(path)!r} to read conversations from.")
-    return _unified(datasets.load_dataset(os.fspath(source), split=split), image_folder)
+    return _unified(named_dataset(str(path) if path.exists() else os.fspath(source), split), image_folder)
+
+
+def named_dataset(source: str, split: str) -> "Dataset":
+    """One split of the dataset that a folder or a Parquet file holds, or that has this name on the Hub.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: no such split.
+    """
+    import datasets
+
+    path = Path(source)
+    if is_saved_dataset(path):
+        loaded = datasets.load_from_disk(source)
+        return _split_of(loaded, split, repr(source)) if isinstance(loaded, datasets.DatasetDict) else loaded
+    if path.suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files=source, split=split)
+    return datasets.load_dataset(source, split=split)
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it, which `datasets.load_dataset` refuses."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _split_of(splits: Mapping[str, Any], split: str, name: str) -> Any:
@@ -162,9 +178,9 @@ def _converted(row: Any, index: int, locate: Callable[[str], str]) -> dict[str, 
         if not isinstance(row, Mapping):
             raise ValueError(f"is a {type(row).__name__}, expected an object with `conversations` or `messages`.")
         if row.get("conversations") is not None:
-            messages = [_message_of_turn(turn) for turn in row["conversations"]]
+            messages = [_message_of_turn(turn) for turn in _objects_in(row, "conversations")]
         elif row.get("messages") is not None:
-            messages = [_message(message) for message in row["messages"]]
+            messages = [_message(message) for message in _objects_in(row, "messages")]
         else:
             raise ValueError(
                 f"has neither `conversations` nor `messages` but {sorted(row)}; expected LLaVA's layout or messages."
@@ -185,6 +201,14 @@ def _converted(row: Any, index: int, locate: Callable[[str], str]) -> dict[str, 
     return {"messages": messages, "images": images, "id": None if number is None else str(number)}
 
 
+def _objects_in(holder: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The list of JSON objects under a name."""
+    entries = holder[name]
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ValueError(f"has {str(entries)[:100]} as `{name}`, expected a list of objects.")
+    return entries
+
+
 def _message_of_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     speaker, value = turn.get("from"), turn.get("value")
     if speaker not in _ROLES:
@@ -201,7 +225,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(content, str):
         return {"role": _ROLES[role], "content": _blocks(content)}
     blocks = []
-    for block in content or ():
+    for block in _objects_in(message, "content") if content else ():
         said = {name: value for name, value in block.items() if value is not None}
         if said.get("type") == "text" and set(said) == {"type", "text"}:
             blocks.append(said)
