@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, help="folder or Hub id")
     parser.add_argument("--image", help="path or URL; without it, a picture of the small world")
-    parser.add_argument("--scene", type=int, default=189, help="which picture of the small world's test split")
+    parser.add_argument("--scene", type=int, default=106, help="which picture of the small world's test split")
     parser.add_argument("--question", action="append", help="asked about the image; may be given several times")
     parser.add_argument(
         "--max-object-tokens", type=int, default=2, help="the middle one of the three runs: all objects, so many, none"

@@ -37,7 +37,7 @@ from mask_llava_hf import ObjectStore
 
 EXAMPLES = Path(__file__).parent
 
-EXAMPLE_SCENE = 189  # of the test split, one with five shapes that the checkpoint answers rightly about
+EXAMPLE_SCENE = 106  # of the test split, one with six shapes that the checkpoint answers rightly about
 
 PARTS = ("vision_tower", "language_model", "detector", "segmenter")  # the longest first
 STAGES = (*PARTS, "probes", "start", "objects", "projector", "finetuned", "published")

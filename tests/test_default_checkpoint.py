@@ -62,6 +62,7 @@ def test_it_is_small_and_has_its_parts_inside():
     assert sum(path.stat().st_size for path in files) < 10e6
     assert {"detector", "segmenter"} <= {path.parent.name for path in files}
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth")]
+    assert not [path for path in files if path.suffix == ".json" and "_name_or_path" in path.read_text()]
 
 
 def test_it_computes_in_float32_though_stored_in_half_the_space(parts):

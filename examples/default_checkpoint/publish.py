@@ -26,6 +26,8 @@ def publish(source: Path, target: Path) -> None:
         config_path = path.with_name("config.json")
         config = json.loads(config_path.read_text())
         config["dtype"] = "float32"
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            part.pop("_name_or_path", None)  # a folder of the machine that trained it
         config_path.write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
