@@ -155,12 +155,16 @@ class Work:
         model = AutoModelForImageTextToText.from_pretrained(self.output_dir)
         processor = AutoProcessor.from_pretrained(self.output_dir)
         asked = ask_about(self.pictures("test"), self.store())
-        prior = {f"prior: {kind}": score for kind, score in prior_scores(asked).items()}
-        scores = {**score_answers(model, processor, asked), **prior}
+        answers = {
+            "right": score_answers(model, processor, asked),
+            "with 5 objects": score_answers(model, processor, asked, max_object_tokens=5),
+            "with none": score_answers(model, processor, asked, max_object_tokens=0),
+            "without looking": prior_scores(asked),
+        }
         pool = scene_pool("test", 16 if self.quick else 500, self.folder / "scenes")
         masks = score_segmenter(self.folder / "segmenter", pool, self.folder / "detector")
-        write_card(self.folder, {**scores, **masks}, self.output_dir)
-        return scores
+        write_card(self.folder, answers, masks, self.output_dir)
+        return {f"{how}: {kind}": score for how, scores in answers.items() for kind, score in scores.items()}
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ def test_it_is_small_and_has_its_parts_inside():
 def test_it_computes_in_float32_though_stored_in_half_the_space(parts):
     model, _ = parts
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    own_parts = AutoProcessor.from_pretrained(DEFAULT_CHECKPOINT)._parts()
+    assert own_parts.mask_embedder().vision_tower.dtype == torch.float32
+    assert own_parts.detector().model.dtype == own_parts.segmenter().model.dtype == torch.float32
     stored = load_file(Path(DEFAULT_CHECKPOINT) / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
     assert all(torch.equal(weight, weight.half().float()) for weight in model.parameters())

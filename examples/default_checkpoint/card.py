@@ -53,8 +53,8 @@ best:
 
 {rates}
 
-Answers to single questions, exactly right, with all tokens (1 + 36 + up to 20); "without looking" is who knows for
-every question the answer that is most often right:
+Answers to single questions, exactly right: with all tokens (1 + 36 + up to 20), with 5 object tokens or fewer, and
+with none; "without looking" is who knows for every question the answer that is most often right:
 
 {answers}
 
@@ -76,13 +76,13 @@ _PARTS = {
 }
 
 
-def write_card(work_dir: Path, scores: dict[str, float], output_dir: Path) -> None:
+def write_card(work_dir: Path, answers: dict[str, dict[str, float]], masks: dict[str, float], output_dir: Path) -> None:
     """Writes `README.md` into the checkpoint's folder.
 
     Args:
         work_dir: with a folder for each stage.
-        scores: part of right answers for each kind of question, and as "prior: KIND" that of who does not look; and
-            "mask_iou" and "mask_iou_detected" of the segmenter.
+        answers: columns of a table, each with the part of right answers for each kind of question.
+        masks: "mask_iou" and "mask_iou_detected" of the segmenter.
     """
     stages = {
         name: json.loads((work_dir / folder / "scores.json").read_text())
@@ -98,8 +98,7 @@ def write_card(work_dir: Path, scores: dict[str, float], output_dir: Path) -> No
     probes = json.loads((work_dir / "vision_tower" / "probes.json").read_text())
     text = _CARD.format(
         **stages,
-        mask_iou=scores["mask_iou"],
-        mask_iou_detected=scores["mask_iou_detected"],
+        **masks,
         million=(stages["tower"]["parameters"] + stages["language"]["parameters"]) / 1e6,
         parts=_table(
             ["part", "what it is", "trained on", "weights", "minutes"],
@@ -120,8 +119,8 @@ def write_card(work_dir: Path, scores: dict[str, float], output_dir: Path) -> No
             ],
         ),
         answers=_table(
-            ["question", "right", "without looking"],
-            [[kind, score, scores[f"prior: {kind}"]] for kind, score in scores.items() if f"prior: {kind}" in scores],
+            ["question", *answers],
+            [[kind, *(scores[kind] for scores in answers.values())] for kind in answers["right"]],
         ),
     )
     (output_dir / "README.md").write_text(text)

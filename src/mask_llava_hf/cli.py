@@ -196,7 +196,10 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help=f"default: float32; bfloat16 for {_SHAPES}")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="calls of a stage, of which the median counts; default: %(default)s"
+        "--repeats",
+        type=int,
+        default=3,
+        help="calls of a stage, of which the median counts, none after ten seconds of them; default: %(default)s",
     )
     parser.set_defaults(run=_bench)
 

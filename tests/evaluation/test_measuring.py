@@ -30,6 +30,12 @@ def test_a_measured_function_is_called_as_often_as_told():
     assert measured.wall_s > 0 and measured.peak_bytes >= 0
 
 
+def test_what_takes_long_is_called_less_often():
+    calls = []
+    measure(lambda: (calls.append(1), time.sleep(0.02)), repeats=10**9, warm_up=False, enough_s=0.03)
+    assert len(calls) in (1, 2)
+
+
 def test_a_pair_takes_turns():
     calls = []
     turns = measure_pair(lambda: (calls.append("a"), time.sleep(0.02)), lambda: calls.append("b"), repeats=3)

@@ -128,7 +128,7 @@ def measure_chains(
     """Measures every stage once, each model in a process of its own, and adds them up.
 
     Args:
-        repeats: calls of a stage, of which the median counts; 1 for models of which one call takes long.
+        repeats: calls of a stage at most, of which the median counts; none after ten seconds of them.
 
     Returns:
         rows of stages, and rows of chains with their sums. "gflop_ratio", "wall_s_ratio" and "cpu_s_ratio" compare

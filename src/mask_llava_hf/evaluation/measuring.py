@@ -4,6 +4,7 @@
 import csv
 import ctypes
 import io
+import math
 import multiprocessing
 import platform
 import resource
@@ -49,11 +50,14 @@ class Measured:
     peak_bytes: int
 
 
-def measure(function: Callable[[], object], repeats: int = 1, warm_up: bool = True) -> Measured:
+def measure(
+    function: Callable[[], object], repeats: int = 1, warm_up: bool = True, enough_s: float = math.inf
+) -> Measured:
     """Calls a function and takes its time and memory.
 
     Args:
-        repeats: calls that count.
+        repeats: calls that count, at most.
+        enough_s: after calls that have taken so many seconds together there is no other.
         warm_up: call it once before, uncounted: first calls allocate, and choose kernels.
     """
     if warm_up:
@@ -61,7 +65,9 @@ def measure(function: Callable[[], object], repeats: int = 1, warm_up: bool = Tr
     give_memory_back()
     before = anonymous_bytes()
     with PeakMemory() as memory:
-        calls = [seconds_of(function) for _ in range(repeats)]
+        calls = [seconds_of(function)]
+        while len(calls) < repeats and sum(call.wall for call in calls) < enough_s:
+            calls.append(seconds_of(function))
     wall, cpu = (statistics.median(column) for column in zip(*calls, strict=True))
     return Measured(wall, cpu, max(0, memory.peak_bytes - before))
 

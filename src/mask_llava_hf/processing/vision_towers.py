@@ -72,7 +72,8 @@ def read_tower(source: PartSource, device: torch.device, dtype: torch.dtype | No
     """
     config = AutoConfig.from_pretrained(source.location, revision=source.revision)
     if config.model_type == MaskLlavaConfig.model_type:
-        tower = _read_tower_of(source, config.vision_config, dtype)
+        # As `from_pretrained` does: the config's dtype comes before that of the stored weights
+        tower = _read_tower_of(source, config.vision_config, dtype or config.dtype)
     else:
         tower = CLIPVisionModel.from_pretrained(source.location, revision=source.revision, dtype=dtype or "auto")
     return tower.to(device).eval().requires_grad_(False)
