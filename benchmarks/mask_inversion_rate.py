@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "modeling"))  # the
 from plain_mask_inversion import invert_masks_plainly
 
 from mask_llava_hf.evaluation.flop_counts import count_flops
-from mask_llava_hf.evaluation.measuring import Measured, circumstances, markdown, matrix_rate, measure, write_rows
+from mask_llava_hf.evaluation.measuring import SEED, Measured, circumstances, markdown, matrix_rate, measure, write_rows
 from mask_llava_hf.modeling.mask_inversion import MaskInversionOutput, MaskInversionSettings, invert_masks
 from mask_llava_hf.modeling.mask_inversion_block import masks_at_once
 
@@ -87,7 +87,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     size: Size = options.size
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     tower = CLIPVisionModel(CLIPVisionConfig(**size.tower)).eval()
     cases = options.cases or size.cases
     pixels = make_pixels(max(images for images, _ in cases), size.tower["image_size"])
@@ -111,7 +111,7 @@ def main() -> None:
     rows += compared
     print(markdown(rows), ", ".join(f"{name} {value}" for name, value in circumstances().items()), sep="\n\n")
     if options.output is not None:
-        write_rows(options.output, [{**row, **circumstances()} for row in rows])
+        write_rows(options.output, [{**row, "seed": SEED, **circumstances()} for row in rows])
         print(f"\nwritten to {options.output}")
 
 

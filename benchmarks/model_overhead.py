@@ -45,7 +45,15 @@ from overhead_models import (
 from transformers import PreTrainedModel
 
 from mask_llava_hf import MaskLlavaForConditionalGeneration
-from mask_llava_hf.evaluation.measuring import circumstances, markdown, measure, measure_pair, seconds_of, write_rows
+from mask_llava_hf.evaluation.measuring import (
+    SEED,
+    circumstances,
+    markdown,
+    measure,
+    measure_pair,
+    seconds_of,
+    write_rows,
+)
 
 
 RESULTS = Path(__file__).parent / "results" / "model_overhead.csv"
@@ -82,7 +90,7 @@ def main() -> None:
         if shape == options.shapes[0]:  # where computing decides, if it is among them
             found += [*dropping(full, options.turns), *questions(ours, options.turns)]
         rows += [{"shape": shape, **row} for row in found]
-    told = {"dtype": options.dtype, **circumstances()}
+    told = {"dtype": options.dtype, "seed": SEED, **circumstances()}
     print(tables(rows), ", ".join(f"{name} {value}" for name, value in told.items()), sep="\n\n")
     if options.output is not None:
         write_rows(options.output, [{**row, **told} for row in rows])

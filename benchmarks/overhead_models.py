@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from mask_llava_hf import MaskLlavaConfig, MaskLlavaForConditionalGeneration
+from mask_llava_hf.evaluation.measuring import SEED
 from mask_llava_hf.modeling.token_composition import compose_tokens
 from mask_llava_hf.modeling.token_layout import TokenLayout
 from mask_llava_hf.testing import tiny_config
@@ -47,7 +48,7 @@ SHAPES: dict[str, Callable[..., MaskLlavaConfig]] = {"mid-size": mid_size_config
 
 def build(model_class: Any, config: Any, dtype: torch.dtype, weights: PreTrainedModel | None = None) -> Any:
     """A model in evaluation mode, random or with the very tensors of another."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = model_class._from_config(config, dtype=dtype).eval()
     if weights is not None:
         model.load_state_dict(weights.state_dict(), assign=True)
@@ -66,7 +67,7 @@ def question(model: MaskLlavaForConditionalGeneration, num_objects: int | None =
     """A prompt about one image with as many objects as the model takes, or fewer; all values are random."""
     config, layout = model.config, TokenLayout.from_config(model.config)
     num_objects = layout.max_object_tokens if num_objects is None else num_objects
-    generator, vision = torch.Generator().manual_seed(0), config.vision_config
+    generator, vision = torch.Generator().manual_seed(SEED), config.vision_config
     text = torch.randint(1, config.text_config.vocab_size, (sum(TEXT_TOKENS),), generator=generator)
     before, after = text.masked_fill(text == config.image_token_id, 1).split(TEXT_TOKENS)
     placeholders = torch.full((layout.num_tokens(num_objects),), config.image_token_id)

@@ -98,7 +98,7 @@ def test_it_answers_most_questions_about_pictures_it_never_saw(parts):
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(answer.strip() == q.answer for answer, q in zip(answers, questions, strict=True))
         asked += len(questions)
-    assert right / asked > 0.5  # who never looks has a third
+    assert right / asked > 0.65  # who never looks has a third
 
 
 def test_it_names_the_object_in_a_box_of_the_user(parts):

@@ -27,7 +27,7 @@ from .chain_stages import (
     measure_stages,
 )
 from .measured_models import Models
-from .measuring import circumstances, in_process, markdown
+from .measuring import SEED, circumstances, in_process, markdown
 
 
 BUDGETS = (57, 42, 29, 15)  # tokens per image; the paper's
@@ -151,7 +151,12 @@ def measure_chains(
     for row in chain_rows:
         if llava is not None:
             row.update(_compared(row, llava, units))
-    around = {"prompt_tokens": questions.prompt_tokens, "answer_tokens": questions.answer_tokens, **circumstances()}
+    around = {
+        "prompt_tokens": questions.prompt_tokens,
+        "answer_tokens": questions.answer_tokens,
+        "seed": SEED,
+        **circumstances(),
+    }
     if threads is not None:
         around["threads"] = threads
     return [{**row, **around} for row in stage_rows], [{**row, **around} for row in chain_rows]

@@ -25,6 +25,7 @@ from ..processing.objects.detectors import ObjectDetector
 from ..processing.objects.segmenters import TransformersSegmenter, load_segmenter
 from ..processing.part_sources import PartSource, download, source_of
 from ..processing.processing_mask_llava import MaskLlavaProcessor
+from .measuring import SEED
 from .published_shapes import DETECTORS, SEGMENTERS, Shape, llava_1_5_7b
 
 
@@ -134,7 +135,7 @@ class PublishedShapes:
 @torch.no_grad()
 def fill_at_random(model: nn.Module) -> None:
     """Gives every parameter ordinary numbers, in place and quickly: billions of draws would take minutes."""
-    block = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0))
+    block = 0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(SEED))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:  # gains of norms, and biases
             parameter.fill_(float(name.endswith("weight")))

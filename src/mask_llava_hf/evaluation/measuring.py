@@ -26,6 +26,8 @@ from ..processing.object_store import write_whole
 
 Result = TypeVar("Result")
 
+SEED = 0  # of what is random in a measurement: weights, pictures, boxes
+
 
 class Seconds(NamedTuple):
     """Wall time, and CPU time of all threads, which other programs disturb less."""
