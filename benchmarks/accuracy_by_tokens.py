@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the variants; default: 0 1 2")
     parser.add_argument("--ablation-seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--num-pictures", type=int, default=4000, help="to train on; default: 4000")
-    parser.add_argument("--rounds", type=int, default=2, help="conversations about each; default: 2")
+    parser.add_argument("--rounds", type=int, default=4, help="conversations about each; default: 4")
     parser.add_argument("--num-test", type=int, default=300, help="held-out pictures; default: 300")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time; default: 2")
     parser.add_argument("--merge-only", action="store_true", help="publish what is finished, and run nothing")
