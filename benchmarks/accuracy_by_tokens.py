@@ -33,7 +33,7 @@ from default_checkpoint.answer_scores import ask_about, prior_scores
 
 from mask_llava_hf import ObjectStore
 from mask_llava_hf.evaluation.measuring import write_rows
-from mask_llava_hf.processing.object_store import write_whole
+from mask_llava_hf.whole_files import write_whole
 
 
 HERE = Path(__file__).parent

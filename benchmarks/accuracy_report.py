@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from shapes_world import QUESTION_KINDS
 
-from mask_llava_hf.processing.object_store import write_whole
+from mask_llava_hf.whole_files import write_whole
 
 
 Row = dict[str, Any]

@@ -44,7 +44,7 @@ BATCH_SIZES = (1, 8, 32)
 COSTLY_ORDERS = ("box_iou", "mask_iou")  # before the segmenter, and after it
 COST_CAPS = (0, 1, 5, 20)
 QUALITY_CAPS = (1, 2, 5, 20)
-LOW_THRESHOLD = 0.05  # the package's own, which leaves many candidates to choose from; and the checkpoint's is tried
+LOW_THRESHOLD = 0.05  # tried beside the checkpoint's own: the package's default, which leaves many candidates
 MODELS = ("detector", "segmenter encoder", "mask decoder", "vision tower", "mask inversion")
 COVERED = 0.5  # IoU with a true shape from which on an object counts as that shape
 

@@ -4,8 +4,9 @@ r"""How near MaskInversion comes to the rate at which this machine multiplies ma
 The tower is a CLIP L/14-336 with random weights, and the states are its own, of random pictures. Each case, so many
 images with so many masks each, counts the FLOP of its matrix products, takes the matrix rates right before its own
 time, and says what part of its time the products alone would have taken at them: at the rate of square matrices
-("percent"), or, for the two large products, at that of their very shapes ("percent_at_shapes"). Where these are
-bfloat16, the other products are still float32, and count at the float32 rate.
+("percent"), or, for the two large products, at that of their very shapes ("percent_at_shapes"). In the bfloat16 form
+these two and the product with the signs of the attention gradients count at the bfloat16 rate; all others are still
+float32, and count at the float32 rate.
 
 The last rows are for comparison: a pass of the tower, and two iterations with one mask by plain autograd, as the
 specification in the tests writes it. "autograd" computes what is needed, "autograd with weight gradients" also those

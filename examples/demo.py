@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from mask_llava_hf import DEFAULT_CHECKPOINT
 from mask_llava_hf.plotting import draw_objects
-from mask_llava_hf.processing.object_store import write_whole
+from mask_llava_hf.whole_files import write_whole
 
 
 KINDS_OF_QUESTIONS = ("count", "count attribute", "color", "shape", "size", "existence", "relation")

@@ -37,7 +37,7 @@ def learn_answers(
     pictures: Sequence[Path],
     store: ObjectStore,
     *,
-    rounds: int = 4,
+    rounds: int,
     **options: Any,
 ) -> dict[str, float]:
     """Stage 2: projector and language model, on `rounds` conversations per picture. See `_train` for the options."""

@@ -28,9 +28,10 @@ from transformers.utils import logging
 
 from .processing.conversations import is_saved_dataset, json_rows, named_dataset
 from .processing.image_inputs import upright_images
-from .processing.object_store import ObjectStore, ObjectWriter, image_key, write_whole
+from .processing.object_store import ObjectStore, ObjectWriter, image_key
 from .processing.objects.image_objects import ImageObjects
 from .processing.processing_mask_llava import MaskLlavaProcessor
+from .whole_files import write_whole
 
 
 logger = logging.get_logger(__name__)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..processing.object_store import write_whole
+from ..whole_files import write_whole
 
 
 Result = TypeVar("Result")

@@ -42,9 +42,10 @@ class MaskInversionSettings:
         lr: learning rate of AdamW. Our choice is that of the published examples; the published class has 0.1.
         alpha: weight of the regulariser 1 - cosine(embedding, image embedding).
         weight_decay: decoupled weight decay of AdamW.
-        chunk_size: masks handled together. It sets the memory (for ViT-L/14 at 336 pixels 12 MB per mask on a CPU, 35
-            on an accelerator), not the result. None takes what fits into 64 MB on a CPU, and into 1 GB (or a quarter
-            of what is free) on an accelerator: for that tower 5 and 28, for small ones all masks.
+        chunk_size: masks handled together. It sets the memory (for ViT-L/14 at 336 pixels in float32 12 MB per mask on
+            a CPU, 35 on an accelerator; in bfloat16 8 and 50), not the result. None takes what fits into 64 MB on a
+            CPU, and into 1 GB (or a quarter of what is free) on an accelerator: for that tower 5 and 28 masks (in
+            bfloat16 7 and 20), for small ones all.
         compute_dtype: `"float32"`; `"bfloat16"` does the two largest products in bfloat16 (the part of them that all
             tokens share stays float32), and the one that takes relevance back to the attention's output; everything
             else stays float32. Losses then move by a few thousandths, rarely more:

@@ -7,7 +7,7 @@ the gradient of a loss on that map with respect to e. For a fixed image the firs
 zero, and the second is its transpose. Both are written out here as matrix products, so nothing needs autograd.
 
 Shapes: E embedding size, C tower width, M MLP width, H heads, d = C / H, T = 1 + g * g tokens with CLS at index 0,
-K = T - 1 patch keys, n directions (unit embeddings) handled at once. All results are float32.
+K = T - 1 patch keys, n directions (unit embeddings) handled at once. Results are float32 where nothing else is told.
 """
 
 import math

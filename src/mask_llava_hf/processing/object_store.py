@@ -12,10 +12,10 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from PIL import Image
 
+from ..whole_files import write_whole
 from .image_inputs import upright_images
 from .objects.image_objects import ImageObjects
 
@@ -330,30 +331,6 @@ class ObjectWriter:
 
     def __exit__(self, *exception: Any) -> None:
         self.flush()
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file whole or not at all, in place of one that is there: nobody ever sees a part of it.
-
-    Args:
-        write: is called with the open file.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or a power failure could forget the new name
-        finally:
-            os.close(folder)
 
 
 def _schema(embedding_dtype: torch.dtype) -> pa.Schema:
